@@ -1,0 +1,1 @@
+"""Adapters: how each host DETR is tied to the FDR head."""

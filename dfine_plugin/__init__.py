@@ -1,0 +1,1 @@
+"""D-FINE box regression for existing DETRs."""
