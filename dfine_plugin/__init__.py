@@ -1,1 +1,38 @@
-"""D-FINE box regression for existing DETRs."""
+"""dfine-plugin: D-FINE's box regression (FDR) and self-distillation (GO-LSD) for the DETR you already have.
+
+``model = wrap_decoder(model)``, train as before, get tighter boxes. Importing this package imports no host library.
+"""
+
+from .boxes import decode_boxes, encode_boxes
+from .config import FDRConfig
+from .errors import DFinePluginError, InvalidTargetError, NonFiniteError, UnsupportedModelError, WrapStateError
+from .head import FDRHead
+from .losses import ddf_loss, fgl_loss
+from .matching import GOLSDMatcher, union_matching
+from .registry import register_adapter, supported_hosts
+from .weighting import weighting_function
+from .wrapping import deploy, unwrap_decoder, wrap_decoder
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DFinePluginError",
+    "FDRConfig",
+    "FDRHead",
+    "GOLSDMatcher",
+    "InvalidTargetError",
+    "NonFiniteError",
+    "UnsupportedModelError",
+    "WrapStateError",
+    "ddf_loss",
+    "decode_boxes",
+    "deploy",
+    "encode_boxes",
+    "fgl_loss",
+    "register_adapter",
+    "supported_hosts",
+    "union_matching",
+    "unwrap_decoder",
+    "weighting_function",
+    "wrap_decoder",
+]

@@ -1,0 +1,313 @@
+"""What the adapters for Hugging Face transformers share: configs, ties, checkpoints and the criterion that takes the union."""
+
+import copy
+import inspect
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from dfine_plugin.config import FDRConfig
+from dfine_plugin.criterion import box_losses, distribution_losses, mean_over_processes
+from dfine_plugin.errors import UnsupportedModelError, WrapStateError
+from dfine_plugin.matching import GOLSDMatcher, Pairs
+from dfine_plugin.head import FDRHead
+from dfine_plugin.record import FDRRecord
+from dfine_plugin.validation import check_finite, check_targets
+from dfine_plugin.wrapping import binding_of, wrap_decoder
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+SETTINGS = "dfine_plugin"
+"""The attribute of a wrapped model's transformers config that carries the FDRConfig into config.json and back."""
+
+
+@dataclass
+class Retired:
+    """What wrapping took out of a host, for :meth:`TransformersAdapter.detach` to put back.
+
+    Attributes:
+        modules: the box heads that the FDR head replaces, by their dotted names in the model.
+        classes: the host's classes of modules that became another class, by their dotted names.
+        ties: the host's declarations of tied parameters, as declared and as expanded.
+    """
+
+    modules: dict[str, nn.Module] = field(default_factory=dict)
+    classes: dict[str, type[nn.Module]] = field(default_factory=dict)
+    ties: tuple[dict[str, str] | None, dict[str, str]] = (None, {})
+
+
+class TransformersAdapter:
+    """Base of the adapters for transformers: everything but the host's own decoder and loss.
+
+    A subclass says which decoder class takes over (:attr:`decoder_classes`), makes the loss (:meth:`make_loss`) and may
+    change more of the model in :meth:`attach_heads`.
+    """
+
+    decoder_classes: Mapping[type[nn.Module], type[nn.Module]]
+    """From each host decoder class to its subclass that refines distributions."""
+
+    def make_loss(self, config: FDRConfig) -> Callable[..., Any]:
+        """A plain callable with the signature of the host's loss function."""
+        raise NotImplementedError
+
+    def attach_heads(self, model: PreTrainedModel, config: FDRConfig, retired: Retired) -> None:
+        """Retire the host's box heads after the first one, and note in ``retired`` what was changed."""
+        raise NotImplementedError
+
+    def check(self, model: PreTrainedModel, config: FDRConfig) -> None:
+        """See :class:`~dfine_plugin.registry.Adapter`."""
+        name = type(model).__name__
+        if hasattr(model.config, SETTINGS):
+            raise UnsupportedModelError(
+                f"this {name}'s config comes from a wrapped model, whose FDR weights {name}.from_pretrained does not know. "
+                "Load such a checkpoint with dfine_plugin.adapters.transformers_common.load_pretrained(path); "
+                f"to wrap anew, delete config.{SETTINGS} first"
+            )
+        if "_loss_function" in model.__dict__:
+            raise UnsupportedModelError(
+                f"this {name} has a loss_function of its own, which the plugin cannot feed the union"
+            )
+        if type(model.model.decoder) not in self.decoder_classes:
+            raise UnsupportedModelError(f"this {name} has a decoder of another class: {type(model.model.decoder)}")
+
+    def attach(self, model: PreTrainedModel, config: FDRConfig) -> Retired:
+        """See :class:`~dfine_plugin.registry.Adapter`."""
+        decoder = model.model.decoder
+        parameter = next(decoder.parameters())
+        retired = Retired(ties=(model._tied_weights_keys, dict(model.all_tied_weights_keys)))
+        self.attach_heads(model, config, retired)
+        twin = self.decoder_classes[type(decoder)]
+        with torch.device("meta"):
+            twin(decoder.config)  # transformers learns at construction which outputs a class can record
+        retired.classes["model.decoder"] = recast(decoder, twin)
+        decoder.fdr = FDRHead(model.config.d_model, len(decoder.layers), config).to(parameter)
+        decoder.fdr.train(decoder.training)
+        retie(model)
+        _own_config(model, config)
+        model.loss_function = self.make_loss(config)
+        model.register_load_state_dict_pre_hook(_seed_from_baseline)
+        return retired
+
+    def detach(self, model: PreTrainedModel, retired: Retired) -> None:
+        """See :class:`~dfine_plugin.registry.Adapter`."""
+        decoder = model.model.decoder
+        like = next(decoder.parameters())
+        del decoder.fdr, model._loss_function
+        for name, module in retired.modules.items():
+            parent, index = name.rsplit(".", 1)
+            model.get_submodule(parent)[int(index)] = module.to(like).train(model.training)
+        for name, host_class in retired.classes.items():
+            recast(model.get_submodule(name), host_class)
+        model._tied_weights_keys, model.all_tied_weights_keys = retired.ties
+        _own_config(model, None)
+        for key in [key for key, hook in model._load_state_dict_pre_hooks.items() if hook.hook is _seed_from_baseline]:
+            del model._load_state_dict_pre_hooks[key]
+
+    def deploy(self, model: PreTrainedModel) -> None:
+        """See :class:`~dfine_plugin.registry.Adapter`."""
+        model.model.decoder.fdr.deploy()
+        model.loss_function = _refuse_loss
+
+    def begin(
+        self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> list[dict[str, Tensor]] | None:
+        """See :class:`~dfine_plugin.registry.Adapter`. Returns the labels among the arguments."""
+        labels = inspect.signature(type(model).forward).bind(model, *args, **kwargs).arguments.get("labels")
+        if labels is not None:
+            check_targets(labels, model.config.num_labels, labels_key="class_labels", boxes_key="boxes")
+        return labels
+
+
+def retire(model: PreTrainedModel, names: Iterable[str], retired: Retired) -> None:
+    """Take the named elements of ModuleLists out, an Identity in their place so that the others keep their names."""
+    for name in names:
+        parent, index = name.rsplit(".", 1)
+        retired.modules[name] = model.get_submodule(name)
+        model.get_submodule(parent)[int(index)] = nn.Identity()
+
+
+def recast(module: nn.Module, twin: type[nn.Module]) -> type[nn.Module]:
+    """Turn a module into an instance of a class with another forward, in place, and return the class it had.
+
+    Its parameters, hooks and place in the model stay; and copies and pickles behave, for a class is no closure.
+    """
+    former = type(module)
+    module.__class__ = twin
+    return former
+
+
+def prediction_set(logits: Tensor, boxes: Tensor) -> dict[str, Tensor]:
+    """One prediction set as the hosts' criteria take it: ``(B, Q, classes)`` and ``(B, Q, 4)``."""
+    return {"logits": logits, "pred_boxes": boxes}
+
+
+def check_sets(layers: list[dict[str, Tensor]], others: Mapping[str, dict[str, Tensor]]) -> None:
+    """:func:`check_finite` of the decoder layers' and other prediction sets, under names that tell them."""
+    sets = {**{f"decoder layer {i}": outputs for i, outputs in enumerate(layers, start=1)}, **others}
+    check_finite({f"{key} of {name}": tensor for name, outputs in sets.items() for key, tensor in outputs.items()})
+
+
+def rename_suffixes(losses: Mapping[str, Tensor], suffixes: Mapping[str, str]) -> dict[str, Tensor]:
+    """A loss dict whose keys that end in a key of ``suffixes`` end in its value instead."""
+
+    def renamed(key: str) -> str:
+        for suffix, name in suffixes.items():
+            if key.endswith(suffix):
+                return key.removesuffix(suffix) + name
+        return key
+
+    return {renamed(key): value for key, value in losses.items()}
+
+
+def _refuse_loss(*_: Any, **__: Any) -> None:
+    raise WrapStateError("a deployed model is for inference only: call it without labels")
+
+
+def _own_config(model: PreTrainedModel, config: FDRConfig | None) -> None:
+    """Note the settings in the model's config (or take the note out), in a copy, for hosts can share one config."""
+    shared = model.config
+    own = copy.deepcopy(shared)
+    if config is None:
+        delattr(own, SETTINGS)
+    else:
+        setattr(own, SETTINGS, config.to_dict())
+    for module in model.modules():
+        if getattr(module, "config", None) is shared:
+            module.config = own
+
+
+def retie(model: PreTrainedModel) -> None:
+    """Declare tied what is, so that saving writes each parameter once and re-tying finds all it looks for.
+
+    Of several names a parameter keeps the one that the host saves it by.
+    """
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    sources = set(model.all_tied_weights_keys.values())
+    ties = {}
+    for group in names.values():
+        saved = next((name for name in group if name in sources), group[0])
+        ties.update({name: saved for name in group if name != saved})
+    if ties or model._tied_weights_keys:
+        model._tied_weights_keys = ties
+        model.all_tied_weights_keys = dict(ties)
+
+
+def _seed_from_baseline(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Before a state dict is loaded: if it is a baseline's, hand over what a strict load would stumble on.
+
+    A baseline has no FDR parameters, which stay as they are, and box heads that the wrapped model has retired, which
+    go to where they are kept for unwrapping. All else, the first box head too, loads under its own name.
+    """
+    marker = f"{prefix}model.decoder.fdr."
+    if any(key.startswith(marker) for key in state_dict):
+        return
+    binding = binding_of(model)
+    assert binding is not None
+    for name, module in binding.retired.modules.items():
+        for key, parameter in module.state_dict(prefix=f"{prefix}{name}.").items():
+            if key in state_dict:
+                parameter.copy_(state_dict.pop(key))
+    own = model.state_dict(prefix=prefix)
+    state_dict.update({key: value for key, value in own.items() if key.startswith(marker)})
+
+
+def load_pretrained(path: str | Path, **kwargs: Any) -> PreTrainedModel:
+    """Load what ``save_pretrained`` of a wrapped model wrote: the host, wrapped with the same settings, bit for bit.
+
+    ``from_pretrained`` of the host's own class cannot: it drops the FDR head and initialises the retired heads anew.
+
+    Args:
+        path: the folder.
+        kwargs: for the host's ``from_pretrained``, such as ``dtype``.
+
+    Returns:
+        The wrapped model, in evaluation mode, as ``from_pretrained`` gives it.
+
+    Raises:
+        ValueError: if the folder holds no wrapped model, or not all of its weights.
+    """
+    folder = Path(path)
+    config = AutoConfig.from_pretrained(folder)
+    settings = getattr(config, SETTINGS, None)
+    if settings is None:
+        raise ValueError(f"{folder} holds no wrapped model: its config.json has no {SETTINGS!r}")
+    delattr(config, SETTINGS)
+    host_class = getattr(transformers, config.architectures[0])
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # it would warn of the FDR head's weights, which come next
+    try:
+        model, found = host_class.from_pretrained(folder, config=config, output_loading_info=True, **kwargs)
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+    wrap_decoder(model, FDRConfig.from_dict(settings))
+    lost = set(found["missing_keys"]) & set(model.state_dict())
+    if lost:
+        raise ValueError(f"{folder} lacks weights of the wrapped model: {', '.join(sorted(lost))}")
+    model.model.decoder.fdr.load_state_dict(_read_fdr_weights(folder))
+    return model.eval()
+
+
+def _read_fdr_weights(folder: Path) -> dict[str, Tensor]:
+    """The FDR head's parameters in a folder that ``save_pretrained`` wrote, in one file or in shards."""
+    prefix = "model.decoder.fdr."
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    files = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {SAFE_WEIGHTS_NAME}
+    weights = {}
+    for file in sorted(files):
+        with safe_open(folder / file, framework="pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118  (no mapping: it has keys() and get_tensor() only)
+                if key.startswith(prefix):
+                    weights[key.removeprefix(prefix)] = tensors.get_tensor(key)
+    return weights
+
+
+class UnionCriterion(nn.Module):
+    """Mixin before a host's criterion: box losses of the matched sets over the union, and the same criterion otherwise.
+
+    Call :meth:`match` with all sets first, then the criterion itself. Denoising sets, which it has not matched, keep
+    their own pairs.
+    """
+
+    def match(self, sets: list[dict[str, Tensor]], targets: list[dict[str, Tensor]], config: FDRConfig) -> None:
+        """Match every prediction set by the host's matcher, and form the union if the config wants it."""
+        self.matcher = GOLSDMatcher(self.matcher)
+        for outputs in sets:
+            self.matcher(outputs, targets)
+        self.pairs: Pairs | None = None
+        if config.union:
+            self.pairs = self.matcher.union()
+            count = sum(len(queries) for queries, _ in self.pairs)
+            self.num_pairs = mean_over_processes(count, sets[0]["pred_boxes"].device)
+
+    def get_loss(self, loss, outputs, targets, indices, num_boxes, **kwargs):  # type: ignore[no-untyped-def]
+        if loss == "boxes":
+            boxes = outputs["pred_boxes"]
+            if self.matcher.knows(boxes):
+                self.num_boxes = num_boxes
+                if self.pairs is not None:
+                    indices, num_boxes = self.pairs, self.num_pairs
+            return box_losses(boxes, [target["boxes"] for target in targets], indices, num_boxes)
+        return super().get_loss(loss, outputs, targets, indices, num_boxes, **kwargs)
+
+    def distribution_losses(
+        self,
+        record: FDRRecord,
+        sets: list[dict[str, Tensor]],
+        targets: list[dict[str, Tensor]],
+        config: FDRConfig,
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """FGL and DDF of the matched queries, after the criterion has run; ``sets`` are the layers', in order."""
+        truths = [target["boxes"] for target in targets]
+        if self.pairs is not None:
+            pairs, num_boxes = [self.pairs] * len(sets), self.num_pairs
+        else:
+            pairs, num_boxes = [self.matcher(outputs, targets) for outputs in sets], self.num_boxes
+        return distribution_losses(record, sets[-1]["logits"], truths, pairs, num_boxes, config)

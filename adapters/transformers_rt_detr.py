@@ -1,0 +1,209 @@
+"""RT-DETR and RT-DETRv2 of Hugging Face transformers.
+
+Boxes and class logits are computed inside the decoder, once a layer, so a decoder with the same layers and another loop
+is all there is to replace. Denoising queries come first on the query axis; the host's loss function splits them off.
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from dfine_plugin.config import FDRConfig
+from dfine_plugin.criterion import distribution_losses, mean_over_processes
+from dfine_plugin.head import FDRHead, locate_initial_boxes
+from dfine_plugin.record import FDRRecord, current_record, current_scope, leave_record
+from dfine_plugin.registry import register_adapter
+from dfine_plugin.validation import check_finite
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.loss.loss_rt_detr import RTDetrLoss
+from transformers.models.rt_detr import modeling_rt_detr
+from transformers.models.rt_detr_v2 import modeling_rt_detr_v2
+
+from . import transformers_common as common
+
+
+class RefiningLoop:
+    """The host's decoder loop with the FDR head in it; a mixin before the host's decoder class."""
+
+    fdr: FDRHead
+
+    def refine(self, hidden_states: Tensor, reference_points: Tensor, **layer_inputs: Any) -> dict[str, Tensor]:
+        """Run all layers.
+
+        Args:
+            hidden_states: ``(B, Q, C)``, the queries.
+            reference_points: ``(B, Q, 4)``, logits of the initial references.
+            layer_inputs: what the host gives each layer besides.
+
+        Returns:
+            The fields of the host's decoder output: hidden states, boxes and class logits, ``(B, L, Q, …)`` each.
+        """
+        reference = reference_points.sigmoid()
+        record, state = None, None
+        hidden, boxes, class_logits = [], [], []
+        for index, layer in enumerate(self.layers):
+            hidden_states = layer(
+                hidden_states,
+                object_queries_position_embeddings=self.query_pos_head(reference),
+                reference_points=reference.unsqueeze(2),
+                **layer_inputs,
+            )
+            if state is None:
+                initial_boxes = locate_initial_boxes(self.bbox_embed[0](hidden_states), reference)
+                state = self.fdr.start(initial_boxes)
+                record = FDRRecord(self.fdr.weights, initial_boxes)
+            state = self.fdr(index, hidden_states, state)
+            record.references.append(reference)
+            reference = state.boxes.detach().to(reference.dtype)
+
+            hidden.append(hidden_states)
+            boxes.append(state.boxes)
+            # all layers' logits are what training needs; a deployed model keeps the last layer's class head alone
+            if not isinstance(self.class_embed[index], nn.Identity):
+                logits = self.class_embed[index](hidden_states)
+                if index == 0:
+                    record.initial_logits = logits
+                quality = self.fdr.quality_logits(index, state.corner_logits)
+                if quality is not None:
+                    logits = logits + quality.to(logits.dtype)
+                class_logits.append(logits)
+            record.corner_logits.append(state.corner_logits)
+            record.boxes.append(state.boxes)
+
+        leave_record(record)
+        return {
+            "last_hidden_state": hidden_states,
+            "intermediate_hidden_states": torch.stack(hidden, dim=1),
+            "intermediate_logits": torch.stack(class_logits, dim=1),
+            "intermediate_reference_points": torch.stack(boxes, dim=1),
+        }
+
+
+class FDRRTDetrDecoder(RefiningLoop, modeling_rt_detr.RTDetrDecoder):
+    """RT-DETR's decoder, refining distributions."""
+
+    @modeling_rt_detr.merge_with_config_defaults
+    @modeling_rt_detr.capture_outputs
+    def forward(self, inputs_embeds=None, reference_points=None, **kwargs):  # type: ignore[no-untyped-def]
+        outputs = self.refine(inputs_embeds, reference_points, **kwargs)
+        return modeling_rt_detr.RTDetrDecoderOutput(**outputs)
+
+
+class FDRRTDetrV2Decoder(RefiningLoop, modeling_rt_detr_v2.RTDetrV2Decoder):
+    """RT-DETRv2's decoder, refining distributions."""
+
+    @modeling_rt_detr_v2.merge_with_config_defaults
+    @modeling_rt_detr_v2.capture_outputs
+    def forward(self, inputs_embeds=None, reference_points=None, **kwargs):  # type: ignore[no-untyped-def]
+        outputs = self.refine(inputs_embeds, reference_points, **kwargs)
+        return modeling_rt_detr_v2.RTDetrV2DecoderOutput(**outputs)
+
+
+class UnionRTDetrLoss(common.UnionCriterion, RTDetrLoss):
+    """The host's criterion, fed with the union."""
+
+
+class RTDetrGOLSDLoss:
+    """Stands in for ``RTDetrForObjectDetectionLoss`` on a wrapped model; takes the same arguments, gives the same.
+
+    The initial boxes and, for the denoising queries, theirs are one more set each for the host's criterion. It runs
+    with the union; FGL and DDF join its loss dict, weighted as all its terms are.
+    """
+
+    def __init__(self, config: FDRConfig) -> None:
+        self.config = config
+
+    def __call__(
+        self,
+        logits: Tensor,
+        labels: list[dict[str, Tensor]],
+        device: torch.device,
+        pred_boxes: Tensor,
+        config: Any,
+        outputs_class: Tensor,
+        outputs_coord: Tensor,
+        enc_topk_logits: Tensor,
+        enc_topk_bboxes: Tensor,
+        denoising_meta_values: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, dict[str, Tensor], list[dict[str, Tensor]] | None]:
+        record = current_record()
+        num_layers = outputs_class.shape[1]
+        num_denoising = denoising_meta_values["dn_num_split"][0] if denoising_meta_values is not None else 0
+        denoising, queries = slice(0, num_denoising), slice(num_denoising, None)
+        matched = record.queries(queries)
+
+        layers = [common.prediction_set(outputs_class[:, i, queries], outputs_coord[:, i, queries]) for i in range(num_layers)]
+        encoder = common.prediction_set(enc_topk_logits, enc_topk_bboxes)
+        initial = common.prediction_set(matched.initial_logits, matched.initial_boxes)
+        auxiliary = [*layers[:-1], encoder] if config.auxiliary_loss else []
+        common.check_sets(layers, {"the encoder": encoder, "the initial boxes": initial})
+
+        criterion = UnionRTDetrLoss(config).to(device)
+        criterion.match([layers[-1], *auxiliary, initial], labels, self.config)
+        outputs = {**layers[-1], "auxiliary_outputs": [*auxiliary, initial]}
+        rename = {f"_aux_{len(auxiliary)}": "_pre"}
+        if denoising_meta_values is not None and config.auxiliary_loss:
+            own = record.queries(denoising)
+            noisy = [common.prediction_set(outputs_class[:, i, denoising], outputs_coord[:, i, denoising]) for i in range(num_layers)]
+            outputs["dn_auxiliary_outputs"] = [*noisy, common.prediction_set(own.initial_logits, own.initial_boxes)]
+            outputs["denoising_meta_values"] = denoising_meta_values
+            rename[f"_dn_{num_layers}"] = "_dn_pre"
+        losses = common.rename_suffixes(criterion(outputs, labels), rename)
+
+        supervised = layers if config.auxiliary_loss else layers[-1:]
+        fgl, ddf = criterion.distribution_losses(matched.last(len(supervised)), supervised, labels, self.config)
+        suffixes = [*(f"_aux_{i}" for i in range(len(supervised) - 1)), ""]
+        self._add(losses, fgl, ddf, suffixes)
+        if denoising_meta_values is not None and config.auxiliary_loss:
+            pairs = criterion.get_cdn_matched_indices(denoising_meta_values, labels)
+            num_boxes = mean_over_processes(sum(len(queries) for queries, _ in pairs), outputs_class.device)
+            fgl, ddf = distribution_losses(
+                own, noisy[-1]["logits"], [t["boxes"] for t in labels], [pairs] * num_layers, num_boxes, self.config
+            )
+            self._add(losses, fgl, ddf, [f"_dn_{i}" for i in range(num_layers)])
+        check_finite(losses)
+        for parameter in current_scope().idle:
+            losses["loss_bbox"] = losses["loss_bbox"] + 0 * parameter.sum()
+        return sum(losses.values()), losses, auxiliary or None
+
+    def _add(self, losses: dict[str, Tensor], fgl: list[Tensor], ddf: list[Tensor], suffixes: list[str]) -> None:
+        for suffix, term in zip(suffixes, fgl, strict=True):
+            losses[f"loss_fgl{suffix}"] = self.config.fgl_weight * term
+        for suffix, term in zip(suffixes, ddf, strict=False):  # the last layer teaches and has none
+            losses[f"loss_ddf{suffix}"] = self.config.ddf_weight * term
+
+
+@register_adapter(
+    "transformers.models.rt_detr.modeling_rt_detr.RTDetrForObjectDetection",
+    "transformers.models.rt_detr_v2.modeling_rt_detr_v2.RTDetrV2ForObjectDetection",
+)
+class RTDetrAdapter(common.TransformersAdapter):
+    """RT-DETR and RT-DETRv2."""
+
+    decoder_classes: ClassVar = {
+        modeling_rt_detr.RTDetrDecoder: FDRRTDetrDecoder,
+        modeling_rt_detr_v2.RTDetrV2Decoder: FDRRTDetrV2Decoder,
+    }
+
+    def make_loss(self, config: FDRConfig) -> RTDetrGOLSDLoss:
+        return RTDetrGOLSDLoss(config)
+
+    def attach_heads(self, model: PreTrainedModel, config: FDRConfig, retired: common.Retired) -> None:
+        later = range(1, len(model.model.decoder.layers))
+        common.retire(model, [f"model.decoder.bbox_embed.{i}" for i in later], retired)
+        if hasattr(model, "bbox_embed"):  # RT-DETRv2 declares every head a second time
+            common.retire(model, [f"bbox_embed.{i}" for i in later], retired)
+
+    def begin(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        labels = super().begin(model, args, kwargs)
+        embedding = getattr(model.model, "denoising_class_embed", None)
+        if model.training and embedding is not None and labels and not any(len(t["boxes"]) for t in labels):
+            current_scope().idle.append(embedding.weight)  # without a truth the host makes no denoising queries
+
+    def deploy(self, model: PreTrainedModel) -> None:
+        super().deploy(model)
+        class_heads = model.model.decoder.class_embed
+        for index in range(len(class_heads) - 1):
+            class_heads[index] = nn.Identity()

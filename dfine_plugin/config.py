@@ -1,0 +1,91 @@
+"""What can be chosen about FDR and GO-LSD."""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from .weighting import check_bins, uniform_bins, weighting_function
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class FDRConfig:
+    """Settings of the FDR head and of GO-LSD; the defaults are the paper's.
+
+    Attributes:
+        num_bins: N, even; each edge has N + 1 bins.
+        a, c: range and curvature of the weighting function W, in units of the initial box's side.
+        weighting: ``"nonuniform"`` (the paper's W) or ``"uniform"`` (evenly spaced from -2a to 2a, as in GFocal).
+        temperature: T of the DDF distillation.
+        fgl_weight, ddf_weight: weights of the two losses.
+        union: GO matching: box losses, FGL and DDF of all layers share the union of all layers' matches.
+        ddf: distil the last layer's distributions into the layers before it. ``union=False, ddf=False`` is FDR alone.
+        lqe: add a quality estimated from the shape of the distributions to the class logits.
+        box_refinement: consent to wrap a host that does not refine its reference points from layer to layer. FDR
+            does, so wrapping such a host changes what its decoder layers attend to.
+
+    Raises:
+        ValueError: at construction, with the bound that was broken.
+    """
+
+    num_bins: int = 32
+    a: float = 0.5
+    c: float = 0.25
+    weighting: str = "nonuniform"
+    temperature: float = 5.0
+    fgl_weight: float = 0.15
+    ddf_weight: float = 1.5
+    union: bool = True
+    ddf: bool = True
+    lqe: bool = True
+    box_refinement: bool = False
+
+    def __post_init__(self) -> None:
+        check_bins(self.num_bins, self.a, self.c)
+        if self.weighting not in ("nonuniform", "uniform"):
+            raise ValueError(f"weighting must be 'nonuniform' or 'uniform', got {self.weighting!r}")
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise ValueError(f"temperature must be a finite number above 0, got {self.temperature!r}")
+        for name in ("fgl_weight", "ddf_weight"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
+        for name in ("union", "ddf", "lqe", "box_refinement"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+
+    def bin_values(self) -> Tensor:
+        """The offset of each bin, in units of the initial box's side: ``(num_bins + 1,)`` float32."""
+        if self.weighting == "uniform":
+            return uniform_bins(self.num_bins, self.a)
+        return weighting_function(self.num_bins, self.a, self.c)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings and the version of their format, as JSON can hold them."""
+        return {"version": VERSION, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_dict(cls, settings: dict[str, Any]) -> "FDRConfig":
+        """The inverse of :meth:`to_dict`. Raises ``ValueError`` on an unknown version or setting."""
+        settings = dict(settings)
+        version = settings.pop("version", VERSION)
+        if version != VERSION:
+            raise ValueError(f"FDRConfig of version {version!r}; this dfine-plugin reads version {VERSION}")
+        unknown = sorted(settings.keys() - {field.name for field in dataclasses.fields(cls)})
+        if unknown:
+            raise ValueError(f"FDRConfig has no setting {', '.join(map(repr, unknown))}")
+        return cls(**settings)
+
+    def to_json(self) -> str:
+        """:meth:`to_dict` as JSON text."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> "FDRConfig":
+        """The inverse of :meth:`to_json`."""
+        return cls.from_dict(json.loads(text))

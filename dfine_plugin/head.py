@@ -1,0 +1,143 @@
+"""The FDR head: refines, layer by layer, a distribution for each edge of the initial boxes."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .boxes import at_least_float32, decode_boxes, inverse_sigmoid
+from .config import FDRConfig
+
+QUALITY_TOP_K = 4
+"""How many of an edge's highest probabilities, besides their mean, the location quality is estimated from."""
+
+
+def locate_initial_boxes(delta: Tensor, reference: Tensor) -> Tensor:
+    """b0 = sigmoid(delta + isig(reference)), the boxes whose edges FDR refines (D-FINE, section 4.1).
+
+    Args:
+        delta: ``(..., 4)``, the host's first box head on its first layer's output.
+        reference: ``(..., 4)`` boxes or ``(..., 2)`` centres in ``[0, 1]``; a centre moves the centre only.
+
+    Returns:
+        ``(..., 4)`` cxcywh, float32 or float64, with the gradient of both inputs.
+    """
+    shift = inverse_sigmoid(at_least_float32(reference))
+    if reference.shape[-1] == 2:
+        shift = F.pad(shift, (0, 2))
+    return (at_least_float32(delta) + shift).sigmoid()
+
+
+class DistributionMLP(nn.Sequential):
+    """Three Linear layers from hidden states to residual logits; the last starts at zero, so that boxes start at b0."""
+
+    def __init__(self, hidden_dim: int, num_logits: int) -> None:
+        super().__init__(
+            nn.Linear(hidden_dim, hidden_dim),
+            nn.ReLU(),
+            nn.Linear(hidden_dim, hidden_dim),
+            nn.ReLU(),
+            zero_linear(hidden_dim, num_logits),
+        )
+
+
+class LocationQuality(nn.Sequential):
+    """LQE: a correction of the class logit from the peaks of the four distributions; starts at zero."""
+
+    def __init__(self, width: int = 64) -> None:
+        super().__init__(nn.Linear(4 * (QUALITY_TOP_K + 1), width), nn.ReLU(), zero_linear(width, 1))
+
+
+def zero_linear(in_features: int, out_features: int) -> nn.Linear:
+    """A Linear whose weight and bias start at zero."""
+    linear = nn.Linear(in_features, out_features)
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
+@dataclass
+class Refinement:
+    """Where the refinement of a batch's boxes stands after some layers.
+
+    Attributes:
+        initial_boxes: ``(B, Q, 4)`` cxcywh, detached: the frame of all layers.
+        boxes: ``(B, Q, 4)`` cxcywh after the latest layer.
+        corner_logits: ``(B, Q, 4, K)`` after the latest layer, None before the first.
+        hidden_states: ``(B, Q, C)``, the latest layer's, detached; None before the first.
+    """
+
+    initial_boxes: Tensor
+    boxes: Tensor
+    corner_logits: Tensor | None = None
+    hidden_states: Tensor | None = None
+
+
+class FDRHead(nn.Module):
+    """Fine-grained Distribution Refinement (D-FINE, section 4.1), one residual MLP a decoder layer.
+
+    ``z_l = z_{l-1} + MLP_l(h_l + stopgrad(h_{l-1}))`` with z_0 = 0 and h_0 = 0, and ``box_l`` = the initial box with its
+    edges moved by the expectations of ``softmax(z_l)`` under W (:func:`decode_boxes`). A fresh head predicts zero logits,
+    hence the initial boxes.
+
+    Args:
+        hidden_dim: C, the width of the decoder.
+        num_layers: L.
+        config: bins, W and whether to estimate the location quality.
+
+    Example:
+        >>> head = FDRHead(hidden_dim=256, num_layers=6)
+        >>> state = head.start(initial_boxes)                    # (B, Q, 4)
+        >>> for layer, hidden in enumerate(decoder_states):      # (B, Q, 256)
+        ...     state = head(layer, hidden, state)               # state.boxes, state.corner_logits
+    """
+
+    weights: Tensor
+
+    def __init__(self, hidden_dim: int, num_layers: int, config: FDRConfig | None = None) -> None:
+        super().__init__()
+        self.config = config or FDRConfig()
+        self.num_layers = num_layers
+        num_values = self.config.num_bins + 1
+        self.refine = nn.ModuleList(DistributionMLP(hidden_dim, 4 * num_values) for _ in range(num_layers))
+        self.quality = nn.ModuleList(LocationQuality() for _ in range(num_layers if self.config.lqe else 0))
+        self.register_buffer("weights", self.config.bin_values(), persistent=False)
+
+    def start(self, initial_boxes: Tensor) -> Refinement:
+        """The state before the first layer, from ``(B, Q, 4)`` initial boxes, which it detaches."""
+        frame = at_least_float32(initial_boxes).detach()
+        return Refinement(initial_boxes=frame, boxes=frame)
+
+    def forward(self, layer: int, hidden_states: Tensor, state: Refinement) -> Refinement:
+        """Refine by decoder layer ``layer`` (from 0), whose output ``(B, Q, C)`` the hidden states are."""
+        inputs = hidden_states if state.hidden_states is None else hidden_states + state.hidden_states
+        residual = at_least_float32(self.refine[layer](inputs)).unflatten(-1, (4, len(self.weights)))
+        corner_logits = residual if state.corner_logits is None else state.corner_logits + residual
+        return Refinement(
+            initial_boxes=state.initial_boxes,
+            boxes=decode_boxes(state.initial_boxes, corner_logits, self.weights),
+            corner_logits=corner_logits,
+            hidden_states=hidden_states.detach(),
+        )
+
+    def quality_logits(self, layer: int, corner_logits: Tensor) -> Tensor | None:
+        """What LQE adds to the class logits of ``layer``: ``(B, Q, 4, K)`` corner logits to ``(B, Q, 1)``; None without."""
+        mlp = self.quality[layer] if len(self.quality) else None
+        if not isinstance(mlp, LocationQuality):
+            return None
+        peaks = corner_logits.softmax(-1).topk(QUALITY_TOP_K, dim=-1).values
+        shape = torch.cat([peaks, peaks.mean(-1, keepdim=True)], dim=-1).flatten(-2)
+        return mlp(shape.to(mlp[0].weight.dtype))
+
+    def deploy(self) -> None:
+        """Drop what only training uses: the quality estimates of all layers but the last. Their boxes build the last's."""
+        for layer in range(len(self.quality) - 1):
+            self.quality[layer] = nn.Identity()
+
+    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+        # W decides where boxes lie to a fraction of a pixel: it follows the device, never a cast to half precision
+        super()._apply(fn, recurse)
+        if self.weights.device.type != "meta":
+            self.weights = self.config.bin_values().to(self.weights.device)
+        return self

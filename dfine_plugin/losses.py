@@ -1,0 +1,83 @@
+"""FGL and DDF: the two losses on the edges' distributions."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .boxes import at_least_float32, encode_boxes
+
+
+def fgl_loss(
+    logits: Tensor,
+    initial_boxes: Tensor,
+    target_boxes: Tensor,
+    iou: Tensor,
+    weights: Tensor,
+    num_boxes: float | Tensor,
+) -> Tensor:
+    """Fine-Grained Localization loss (D-FINE, eq. 3): two-bin cross entropy of each edge, weighted by IoU.
+
+    ``sum over pairs and edges of IoU * (left_weight CE(left_bin) + right_weight CE(left_bin + 1)) / num_boxes``, with the
+    bins and weights of :func:`encode_boxes`.
+
+    Args:
+        logits: ``(M, 4, K)``, the matched queries' distributions.
+        initial_boxes: ``(M, 4)`` cxcywh, the frame of the distributions.
+        target_boxes: ``(M, 4)`` cxcywh.
+        iou: ``(M,)``, IoU of the predicted box with its truth; no gradient flows into it.
+        weights: ``(K,)``, the bins' offsets in initial-box sides.
+        num_boxes: the normaliser, held at 1 or above.
+
+    Returns:
+        A scalar, float32 or float64; 0 (with a gradient of zeros) where M is 0.
+    """
+    targets = encode_boxes(initial_boxes, target_boxes, weights)
+    return fgl_of_bins(logits, *targets, iou, num_boxes)
+
+
+def fgl_of_bins(
+    logits: Tensor, left_bin: Tensor, left_weight: Tensor, right_weight: Tensor, iou: Tensor, num_boxes: float | Tensor
+) -> Tensor:
+    """:func:`fgl_loss` for targets that are encoded already: all layers of a decoder share them."""
+    logits = at_least_float32(logits)
+    bins = torch.stack([left_bin, left_bin + 1], dim=-1)
+    log_probabilities = logits.gather(-1, bins) - logits.logsumexp(-1, keepdim=True)
+    cross_entropy = -(torch.stack([left_weight, right_weight], dim=-1) * log_probabilities).sum(-1)
+    loss = (cross_entropy.sum(-1) * iou.detach()).sum()
+    return loss / (num_boxes.clamp(min=1) if isinstance(num_boxes, Tensor) else max(num_boxes, 1))
+
+
+def ddf_loss(
+    student: Tensor, teacher: Tensor, matched: Tensor, quality: Tensor, temperature: float = 5.0
+) -> Tensor:
+    """Decoupled Distillation Focal loss (D-FINE, eq. 6): the last layer's distributions teach an earlier layer.
+
+    Per query and edge ``quality * T^2 KL(softmax(teacher / T) || softmax(student / T))``; then the means over the K_m
+    matched and over the K_u unmatched edges, weighted by their square roots::
+
+        (mean_matched sqrt(K_m) + mean_unmatched sqrt(K_u)) / (sqrt(K_m) + sqrt(K_u))
+
+    The paper's formula has sums where the authors' code, which gave the published results, takes these means.
+
+    Args:
+        student: ``(B, Q, 4, K)`` logits of the layer that learns.
+        teacher: ``(B, Q, 4, K)`` logits of the last layer; no gradient flows into it.
+        matched: ``(B, Q)`` bool.
+        quality: ``(B, Q)``: IoU with the truth where matched, the teacher's highest class confidence elsewhere.
+        temperature: T.
+
+    Returns:
+        A scalar, float32 or float64.
+    """
+    student, teacher = at_least_float32(student), at_least_float32(teacher).detach()
+    student_log = F.log_softmax(student / temperature, dim=-1)
+    teacher_log = F.log_softmax(teacher / temperature, dim=-1)
+    divergence = F.kl_div(student_log, teacher_log, reduction="none", log_target=True).sum(-1)
+    per_query = divergence.mean(-1) * quality.detach().to(divergence.dtype) * temperature**2
+    # Counting queries instead of edges changes no mean, and cancels in the square roots. The mean of a part times the
+    # root of its count is its sum over that root, which is a zero where the part is empty.
+    root_matched = matched.sum().to(per_query.dtype).sqrt()
+    root_unmatched = (~matched).sum().to(per_query.dtype).sqrt()
+    matched_part = (per_query * matched).sum() / root_matched.clamp(min=1)
+    unmatched_part = (per_query * ~matched).sum() / root_unmatched.clamp(min=1)
+    return (matched_part + unmatched_part) / (root_matched + root_unmatched).clamp(min=1)

@@ -1,0 +1,96 @@
+"""GO matching: one set of (query, truth) pairs from the matches of all layers."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Pairs = list[tuple[Tensor, Tensor]]
+"""For each image the matched query indices and, alike in order, the truths' indices: int64, ``(n,)`` each."""
+
+
+def union_matching(sets: Sequence[Pairs]) -> Pairs:
+    """The union of several one-to-one matchings (D-FINE, section 4.2).
+
+    Each (query, truth) pair is counted over all sets; each query takes the truth it met most often, so that a truth can
+    have several queries. Between truths met equally often the lowest index wins, whatever the order of the sets.
+
+    Args:
+        sets: for each prediction set (layers, initial boxes, encoder proposals), for each image, the pair
+            ``(query indices (n,), truth indices (n,))``, int64.
+
+    Returns:
+        For each image ``(query indices, truth indices)``, by ascending query.
+
+    Raises:
+        ValueError: if there is no set, or the sets differ in their number of images.
+    """
+    if not sets:
+        raise ValueError("union_matching needs at least one set of matches")
+    num_images = len(sets[0])
+    if any(len(images) != num_images for images in sets):
+        raise ValueError(f"the sets hold matches for {[len(images) for images in sets]} images; they must agree")
+    flat = [(image, queries, truths) for images in sets for image, (queries, truths) in enumerate(images)]
+    if not flat:
+        return []
+    queries = torch.cat([q for _, q, _ in flat])
+    truths = torch.cat([t for _, _, t in flat])
+    image = torch.cat([torch.full_like(q, i) for i, q, _ in flat])
+    if not len(queries):
+        return [(queries, truths)] * num_images
+
+    pairs, counts = torch.unique(torch.stack([image, queries, truths]), dim=1, return_counts=True)
+    # unique sorts by image, query and truth; a stable sort by descending count, then by query, leaves each query's most
+    # frequent and, among those, lowest truth first
+    order = torch.argsort(counts, descending=True, stable=True)
+    order = order[torch.argsort(pairs[1, order], stable=True)]
+    order = order[torch.argsort(pairs[0, order], stable=True)]
+    pairs = pairs[:, order]
+    first = torch.ones_like(pairs[0], dtype=torch.bool)
+    first[1:] = (pairs[:2, 1:] != pairs[:2, :-1]).any(0)
+    image, queries, truths = pairs[:, first]
+    sizes = torch.bincount(image, minlength=num_images).tolist()
+    return list(zip(queries.split(sizes), truths.split(sizes), strict=True))
+
+
+class GOLSDMatcher(nn.Module):
+    """A host's matcher that remembers what it matched within one training step, and gives the union.
+
+    Drop-in for the host's matcher: called with a set's outputs and the targets it answers as the host's does. The
+    answer is kept under the identity of the set's boxes, since hosts rebuild their dicts between matching and loss; a
+    set asked for twice is solved once. Nothing is kept in copies or pickles.
+
+    Args:
+        matcher: ``matcher(outputs, targets) -> Pairs``.
+        boxes_key: the key of the boxes tensor in ``outputs``.
+    """
+
+    def __init__(self, matcher: Callable[..., Pairs], boxes_key: str = "pred_boxes") -> None:
+        super().__init__()
+        self.matcher = matcher
+        self.boxes_key = boxes_key
+        self._memory: dict[int, tuple[Tensor, Pairs]] = {}
+
+    def forward(self, outputs: dict[str, Any], targets: list[dict[str, Tensor]], *args: Any, **kwargs: Any) -> Pairs:
+        """The host's match of one prediction set, solved at most once for each boxes tensor."""
+        boxes = outputs[self.boxes_key]
+        if not self.knows(boxes):
+            # the tensor is kept beside the answer, so that its identity cannot be taken over by another one
+            self._memory[id(boxes)] = (boxes, self.matcher(outputs, targets, *args, **kwargs))
+        return self._memory[id(boxes)][1]
+
+    def knows(self, boxes: Tensor) -> bool:
+        """Whether the set with this boxes tensor has been matched since the last :meth:`clear`."""
+        return id(boxes) in self._memory
+
+    def union(self) -> Pairs:
+        """:func:`union_matching` over every set matched since the last :meth:`clear`."""
+        return union_matching([pairs for _, pairs in self._memory.values()])
+
+    def clear(self) -> None:
+        """Forget every match."""
+        self._memory.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_memory": {}}

@@ -1,0 +1,112 @@
+"""What one forward of a wrapped model hands from its decoder to its loss.
+
+A scope is opened when the model's forward begins and closed when it ends, by return or by exception. Between the two
+the decoder leaves its record there and the loss picks it up. Scopes are per thread and nest, nothing is kept on a
+module, so copies, pickles and state dicts never see a record.
+"""
+
+import threading
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+
+@dataclass
+class FDRRecord:
+    """All predictions of one forward, over the whole query axis (denoising queries included).
+
+    Attributes:
+        weights: ``(K,)``, the bins' offsets W.
+        initial_boxes: ``(B, Q, 4)`` cxcywh, b0 with its gradient.
+        corner_logits: for each layer ``(B, Q, 4, K)``.
+        boxes: for each layer ``(B, Q, 4)`` cxcywh, before any cast to the host's dtype.
+        references: for each layer, the reference ``(B, Q, 4 or 2)`` that the layer attended from.
+        quality_logits: for each layer ``(B, Q, 1)``, what LQE adds to the class logits; empty without LQE.
+        initial_logits: ``(B, Q, classes)``, layer 1's class logits before LQE.
+    """
+
+    weights: Tensor
+    initial_boxes: Tensor
+    corner_logits: list[Tensor] = field(default_factory=list)
+    boxes: list[Tensor] = field(default_factory=list)
+    references: list[Tensor] = field(default_factory=list)
+    quality_logits: list[Tensor] = field(default_factory=list)
+    initial_logits: Tensor | None = None
+
+    def queries(self, part: slice) -> "FDRRecord":
+        """The record of a part of the queries, such as the denoising ones; references are left out."""
+        return FDRRecord(
+            weights=self.weights,
+            initial_boxes=self.initial_boxes[:, part],
+            corner_logits=[logits[:, part] for logits in self.corner_logits],
+            boxes=[boxes[:, part] for boxes in self.boxes],
+            quality_logits=[logits[:, part] for logits in self.quality_logits],
+            initial_logits=None if self.initial_logits is None else self.initial_logits[:, part],
+        )
+
+    def last(self, count: int) -> "FDRRecord":
+        """The record of the last ``count`` layers."""
+        return replace(self, corner_logits=self.corner_logits[-count:], boxes=self.boxes[-count:])
+
+
+class Scope:
+    """One running forward of one wrapped model.
+
+    Attributes:
+        record: what the decoder has left for the loss.
+        idle: parameters that this batch leaves without a gradient, and DistributedDataParallel waiting for one; the
+            loss takes them in with weight zero.
+    """
+
+    def __init__(self) -> None:
+        self.record: FDRRecord | None = None
+        self.idle: list[Tensor] = []
+
+
+class _Scopes(threading.local):
+    def __init__(self) -> None:
+        self.stack: list[Scope] = []
+
+
+_scopes = _Scopes()
+
+
+def open_scope() -> Scope:
+    """Begin a forward on this thread."""
+    scope = Scope()
+    _scopes.stack.append(scope)
+    return scope
+
+
+def close_scope() -> None:
+    """End this thread's innermost forward, and with it drop its record."""
+    _scopes.stack.pop()
+
+
+def current_scope() -> Scope:
+    """This thread's innermost running forward.
+
+    Raises:
+        RuntimeError: outside of a wrapped model's forward.
+    """
+    if not _scopes.stack:
+        raise RuntimeError("the loss of a wrapped model runs within that model's forward only")
+    return _scopes.stack[-1]
+
+
+def leave_record(record: FDRRecord) -> None:
+    """Give the record to the running forward; where only a part of the model runs, nobody asks for it."""
+    if _scopes.stack:
+        _scopes.stack[-1].record = record
+
+
+def current_record() -> FDRRecord:
+    """The record of this thread's innermost running forward.
+
+    Raises:
+        RuntimeError: outside of a wrapped model's forward, or before its decoder ran.
+    """
+    record = current_scope().record
+    if record is None:
+        raise RuntimeError("no FDR record: the loss of a wrapped model needs its decoder to have run")
+    return record

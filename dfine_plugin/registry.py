@@ -1,0 +1,109 @@
+"""Which adapter knows which host. Nothing here, nor anything it imports, loads a host library."""
+
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+from torch import nn
+
+from .config import FDRConfig
+from .errors import UnsupportedModelError
+
+ENTRY_POINT_GROUP = "dfine_plugin.adapters"
+
+
+@runtime_checkable
+class Adapter(Protocol):
+    """How one family of hosts is tied to the FDR head. An adapter holds no state of its own: one serves all models."""
+
+    def check(self, model: nn.Module, config: FDRConfig) -> None:
+        """Raise :class:`UnsupportedModelError` if the model cannot be wrapped as it is; change nothing."""
+
+    def attach(self, model: nn.Module, config: FDRConfig) -> Any:
+        """Tie the FDR head into the model, in place, and return what :meth:`detach` needs to undo it."""
+
+    def detach(self, model: nn.Module, retired: Any) -> None:
+        """Undo :meth:`attach`."""
+
+    def deploy(self, model: nn.Module) -> None:
+        """Leave only what inference needs, in place."""
+
+    def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Look at a forward's arguments before the host does: raise :class:`InvalidTargetError` on ground truths that
+        no loss can use, and leave in the scope what the loss will need of them."""
+
+
+_BUILT_IN = {
+    "transformers.models.rt_detr.modeling_rt_detr.RTDetrForObjectDetection": "transformers_rt_detr",
+    "transformers.models.rt_detr_v2.modeling_rt_detr_v2.RTDetrV2ForObjectDetection": "transformers_rt_detr",
+    "transformers.models.deformable_detr.modeling_deformable_detr.DeformableDetrForObjectDetection": (
+        "transformers_deformable_detr"
+    ),
+}
+"""Host class to the module of ``dfine_plugin.adapters`` that registers its adapter."""
+
+_ALREADY_FDR = {
+    "transformers.models.d_fine.modeling_d_fine.DFineForObjectDetection",
+    "transformers.models.deimv2.modeling_deimv2.Deimv2ForObjectDetection",
+}
+
+_registered: dict[str, Adapter] = {}
+
+AdapterClass = TypeVar("AdapterClass", bound=type)
+
+
+def register_adapter(*host_classes: str) -> Callable[[AdapterClass], AdapterClass]:
+    """Class decorator: the adapter for host classes of these dotted names and for their subclasses.
+
+    Example:
+        >>> @register_adapter("my_package.models.MyDetr")
+        ... class MyDetrAdapter: ...
+
+    Another package makes its adapter known without an import through an entry point of the group
+    ``dfine_plugin.adapters``, named like the host class's dotted name and pointing at the decorated class.
+    """
+
+    def register(adapter_class: AdapterClass) -> AdapterClass:
+        for name in host_classes:
+            _registered[name] = adapter_class()
+        return adapter_class
+
+    return register
+
+
+def supported_hosts() -> list[str]:
+    """Dotted names of all host classes that an adapter is known for."""
+    names = {*_BUILT_IN, *_registered, *(point.name for point in entry_points(group=ENTRY_POINT_GROUP))}
+    return sorted(names)
+
+
+def find_adapter(model: nn.Module) -> Adapter:
+    """The adapter for the model's class, or for the nearest of its base classes that has one.
+
+    Raises:
+        UnsupportedModelError: names the class, the supported ones and how to register one.
+    """
+    for cls in type(model).__mro__:
+        name = f"{cls.__module__}.{cls.__qualname__}"
+        if name in _ALREADY_FDR:
+            raise UnsupportedModelError(f"{name} is an FDR model already: its boxes are refined distributions")
+        if name not in _registered:
+            _load(name)
+        if name in _registered:
+            return _registered[name]
+    own = type(model)
+    raise UnsupportedModelError(
+        f"no adapter for {own.__module__}.{own.__qualname__}. Supported: {', '.join(supported_hosts())}. "
+        "To support another host, write an adapter and register it with dfine_plugin.register_adapter "
+        f"or an entry point of the group {ENTRY_POINT_GROUP!r}."
+    )
+
+
+def _load(name: str) -> None:
+    """Import whatever registers an adapter for this host class, if anything does."""
+    if name in _BUILT_IN:
+        import_module(f"dfine_plugin.adapters.{_BUILT_IN[name]}")
+        return
+    for point in entry_points(group=ENTRY_POINT_GROUP, name=name):
+        register_adapter(name)(point.load())

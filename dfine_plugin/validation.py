@@ -1,0 +1,73 @@
+"""Checks of what comes into the loss. Each costs one device synchronisation, and names the culprit when it fails."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import InvalidTargetError, NonFiniteError
+
+LARGEST_COORDINATE = 2.0
+"""In image sides. A box that an augmentation carried over the border stays well below, a box in pixels well above."""
+
+
+def check_targets(targets: Sequence[Mapping[str, Any]], num_classes: int, labels_key: str, boxes_key: str) -> None:
+    """Refuse ground truths that no loss can use, before the host computes with them.
+
+    Args:
+        targets: for each image a mapping with labels ``(n,)`` int and boxes ``(n, 4)`` cxcywh in image sides.
+        num_classes: labels lie in ``[0, num_classes)``.
+        labels_key, boxes_key: the host's keys of the two.
+
+    Raises:
+        InvalidTargetError: names the image, the truth and its value.
+    """
+    for image, target in enumerate(targets):
+        labels, boxes = target[labels_key], target[boxes_key]
+        if boxes.ndim != 2 or boxes.shape[1] != 4 or labels.shape != boxes.shape[:1]:
+            raise InvalidTargetError(
+                f"image {image}: {boxes_key} must be (n, 4) and {labels_key} (n,), "
+                f"got {tuple(boxes.shape)} and {tuple(labels.shape)}"
+            )
+    if not targets:
+        return
+    labels = torch.cat([target[labels_key] for target in targets])
+    boxes = torch.cat([target[boxes_key] for target in targets])
+    wrong_label = (labels < 0) | (labels >= num_classes)
+    wrong_box = ~boxes.isfinite().all(-1) | (boxes[:, 2:] <= 0).any(-1) | (boxes.abs() > LARGEST_COORDINATE).any(-1)
+    if not bool((wrong_label | wrong_box).any()):
+        return
+    for image, target in enumerate(targets):
+        for index, (label, box) in enumerate(zip(target[labels_key].tolist(), target[boxes_key].tolist(), strict=True)):
+            where = f"image {image}, truth {index}"
+            if not 0 <= label < num_classes:
+                raise InvalidTargetError(f"{where}: label {label} is out of range for {num_classes} classes")
+            if not all(abs(value) < float("inf") for value in box):
+                raise InvalidTargetError(f"{where}: box {box} is not finite")
+            if min(box[2:]) <= 0:
+                raise InvalidTargetError(f"{where}: box {box} (cx, cy, w, h) has no area")
+            if max(map(abs, box)) > LARGEST_COORDINATE:
+                raise InvalidTargetError(
+                    f"{where}: box {box} looks like pixels; boxes are (cx, cy, w, h) in units of the image side"
+                )
+
+
+def check_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse NaN and infinity before the assignment solver sees them.
+
+    Args:
+        tensors: by a name that tells tensor and layer, such as ``"boxes of decoder layer 2"``.
+
+    Raises:
+        NonFiniteError: names every tensor that is not finite, and how much of it.
+    """
+    # a sum is NaN or infinite as soon as one element is, and reads each tensor once without a mask of its size
+    finite = torch.stack([tensor.detach().float().sum().isfinite() for tensor in tensors.values()])
+    if not bool(finite.all()):
+        culprits = [
+            f"{name} ({int((~tensor.isfinite()).sum())} of {tensor.numel()} values)"
+            for name, tensor in tensors.items()
+            if not bool(tensor.isfinite().all())
+        ]
+        raise NonFiniteError(f"not finite: {', '.join(culprits)}")

@@ -1,0 +1,128 @@
+"""The verbs: wrap a host, unwrap it, deploy it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from .config import FDRConfig
+from .errors import WrapStateError
+from .record import close_scope, open_scope
+from .registry import Adapter, find_adapter
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_BINDING = "_fdr_binding"
+
+
+@dataclass
+class Binding:
+    """What ties a wrapped model to the plugin: kept on the model as a plain attribute, copied and pickled with it."""
+
+    adapter: Adapter
+    config: FDRConfig
+    retired: Any
+    hooks: tuple[RemovableHandle, ...]
+    deployed: bool = False
+
+    def remove_hooks(self) -> None:
+        for handle in self.hooks:
+            handle.remove()
+        self.hooks = ()
+
+
+def binding_of(model: nn.Module) -> Binding | None:
+    """The model's :class:`Binding`, None if it is not wrapped."""
+    return model.__dict__.get(_BINDING)
+
+
+def wrap_decoder(model: Model, config: FDRConfig | None = None) -> Model:
+    """Give a DETR FDR's box regression and GO-LSD's training, in place.
+
+    The host keeps its forward, its inputs, its outputs and the names of its parameters; its box heads after the first
+    give way to the FDR head, whose parameters lie under one prefix ``…decoder.fdr.``. In training its loss dict gains
+    ``loss_fgl*`` and ``loss_ddf*`` and the losses of the initial boxes (``*_pre``), and its box losses are taken over
+    the union of all layers' matches. A baseline checkpoint loads into the wrapped model and seeds it.
+
+    Args:
+        model: a host that an adapter knows; see :func:`supported_hosts`.
+        config: settings, by default the paper's.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UnsupportedModelError: no adapter knows the model, it has FDR already, or it is configured in a way that cannot
+            be wrapped. The model is untouched.
+        WrapStateError: the model is wrapped already. It is untouched.
+
+    Example:
+        >>> model = wrap_decoder(RTDetrForObjectDetection.from_pretrained("PekingU/rtdetr_r50vd"))
+    """
+    if binding_of(model) is not None:
+        raise WrapStateError(f"this {type(model).__name__} is wrapped already; unwrap_decoder(model) undoes that")
+    config = config or FDRConfig()
+    adapter = find_adapter(model)
+    adapter.check(model, config)
+    retired = adapter.attach(model, config)
+    hooks = (
+        model.register_forward_pre_hook(_begin_forward, prepend=True, with_kwargs=True),
+        model.register_forward_hook(_end_forward, always_call=True),
+    )
+    model.__dict__[_BINDING] = Binding(adapter=adapter, config=config, retired=retired, hooks=hooks)
+    return model
+
+
+def unwrap_decoder(model: Model) -> Model:
+    """Give the host back, in place: its own decoder loop, box heads and loss.
+
+    Everything the two share keeps the weights it has now. The box heads that :func:`wrap_decoder` retired come back as
+    they were, so a host that was not trained in between is bit for bit what it was; after training they are as old as
+    the wrap, and the host's boxes are only its own again once they have been trained, too.
+
+    Raises:
+        WrapStateError: if the model is not wrapped, or has been deployed. It is untouched.
+    """
+    binding = binding_of(model)
+    if binding is None:
+        raise WrapStateError(f"this {type(model).__name__} is not wrapped")
+    if binding.deployed:
+        raise WrapStateError("a deployed model cannot be unwrapped: the host's training parts are gone")
+    binding.remove_hooks()
+    binding.adapter.detach(model, binding.retired)
+    del model.__dict__[_BINDING]
+    return model
+
+
+def deploy(model: Model) -> Model:
+    """Leave only what inference needs, in place: no records, no losses, no parts that only training uses.
+
+    Raises:
+        WrapStateError: if the model is not wrapped, is deployed already, or is in training mode.
+    """
+    binding = binding_of(model)
+    if binding is None:
+        raise WrapStateError(f"this {type(model).__name__} is not wrapped; deploy takes a wrapped model")
+    if binding.deployed:
+        raise WrapStateError(f"this {type(model).__name__} is deployed already")
+    if model.training:
+        raise WrapStateError("deploy takes a model in evaluation mode; call model.eval() first")
+    binding.remove_hooks()
+    binding.adapter.deploy(model)
+    binding.retired = None
+    binding.deployed = True
+    return model
+
+
+def _begin_forward(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    # First of all hooks, and the scope before the checks: _end_forward runs, and closes it, whatever raises after this.
+    open_scope()
+    binding = binding_of(model)
+    assert binding is not None
+    binding.adapter.begin(model, args, kwargs)
+
+
+def _end_forward(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    close_scope()
