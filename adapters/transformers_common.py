@@ -215,6 +215,10 @@ def _seed_from_baseline(model: nn.Module, state_dict: dict[str, Any], prefix: st
         for key, parameter in module.state_dict(prefix=f"{prefix}{name}.").items():
             if key in state_dict:
                 parameter.copy_(state_dict.pop(key))
+    for copied, name in model.all_tied_weights_keys.items():
+        for missing, present in ((copied, name), (name, copied)):
+            if prefix + present in state_dict:
+                state_dict.setdefault(prefix + missing, state_dict[prefix + present])
     own = model.state_dict(prefix=prefix)
     state_dict.update({key: value for key, value in own.items() if key.startswith(marker)})
 

@@ -134,7 +134,9 @@ class RTDetrGOLSDLoss:
         denoising, queries = slice(0, num_denoising), slice(num_denoising, None)
         matched = record.queries(queries)
 
-        layers = [common.prediction_set(outputs_class[:, i, queries], outputs_coord[:, i, queries]) for i in range(num_layers)]
+        layers = [
+            common.prediction_set(outputs_class[:, i, queries], outputs_coord[:, i, queries]) for i in range(num_layers)
+        ]
         encoder = common.prediction_set(enc_topk_logits, enc_topk_bboxes)
         initial = common.prediction_set(matched.initial_logits, matched.initial_boxes)
         auxiliary = [*layers[:-1], encoder] if config.auxiliary_loss else []
@@ -146,7 +148,10 @@ class RTDetrGOLSDLoss:
         rename = {f"_aux_{len(auxiliary)}": "_pre"}
         if denoising_meta_values is not None and config.auxiliary_loss:
             own = record.queries(denoising)
-            noisy = [common.prediction_set(outputs_class[:, i, denoising], outputs_coord[:, i, denoising]) for i in range(num_layers)]
+            noisy = [
+                common.prediction_set(outputs_class[:, i, denoising], outputs_coord[:, i, denoising])
+                for i in range(num_layers)
+            ]
             outputs["dn_auxiliary_outputs"] = [*noisy, common.prediction_set(own.initial_logits, own.initial_boxes)]
             outputs["denoising_meta_values"] = denoising_meta_values
             rename[f"_dn_{num_layers}"] = "_dn_pre"

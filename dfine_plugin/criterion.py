@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .boxes import aligned_giou, aligned_iou, encode_boxes
+from .boxes import aligned_giou, aligned_iou, at_least_float32, encode_boxes
 from .config import FDRConfig
 from .losses import ddf_loss, fgl_of_bins
 from .matching import Pairs
@@ -41,7 +41,7 @@ def box_losses(boxes: Tensor, truths: list[Tensor], pairs: Pairs, num_boxes: flo
         ``loss_bbox`` and ``loss_giou``, scalars.
     """
     images, queries, target = flatten_pairs(pairs, truths, boxes.device)
-    predicted = boxes[images, queries].float()
+    predicted = at_least_float32(boxes[images, queries])
     target = target.to(predicted.dtype)
     return {
         "loss_bbox": (predicted - target).abs().sum() / num_boxes,
@@ -74,7 +74,7 @@ def distribution_losses(
     fgl, ddf = [], []
     device = record.initial_boxes.device
     frame = record.initial_boxes.detach()
-    confidence = teacher_class_logits.detach().float().sigmoid().amax(-1)
+    confidence = at_least_float32(teacher_class_logits.detach()).sigmoid().amax(-1)
     encoded_for: Pairs | None = None
     for layer, (logits, boxes) in enumerate(zip(record.corner_logits, record.boxes, strict=True)):
         if pairs[layer] is not encoded_for:
@@ -87,6 +87,6 @@ def distribution_losses(
         if config.ddf and layer < len(record.corner_logits) - 1:
             matched = torch.zeros_like(confidence, dtype=torch.bool)
             matched[images, queries] = True
-            quality = confidence.index_put((images, queries), iou)
+            quality = confidence.index_put((images, queries), iou.to(confidence.dtype))
             ddf.append(ddf_loss(logits, record.corner_logits[-1], matched, quality, config.temperature))
     return fgl, ddf

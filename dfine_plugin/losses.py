@@ -47,9 +47,7 @@ def fgl_of_bins(
     return loss / (num_boxes.clamp(min=1) if isinstance(num_boxes, Tensor) else max(num_boxes, 1))
 
 
-def ddf_loss(
-    student: Tensor, teacher: Tensor, matched: Tensor, quality: Tensor, temperature: float = 5.0
-) -> Tensor:
+def ddf_loss(student: Tensor, teacher: Tensor, matched: Tensor, quality: Tensor, temperature: float = 5.0) -> Tensor:
     """Decoupled Distillation Focal loss (D-FINE, eq. 6): the last layer's distributions teach an earlier layer.
 
     Per query and edge ``quality * T^2 KL(softmax(teacher / T) || softmax(student / T))``; then the means over the K_m

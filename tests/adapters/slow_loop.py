@@ -1,0 +1,231 @@
+"""An own, slow account of what a wrapped host computes, from the design's formulas.
+
+It shares the host's layers and heads with the adapter and nothing else: boxes, distributions, matching (torchvision's
+IoUs, scipy's solver), the union, and every loss are written out here, most of them pair by pair.
+"""
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+from torchvision.ops import box_convert, generalized_box_iou
+from torchvision.ops import box_iou as pairwise_iou
+from transformers import PreTrainedModel
+
+from dfine_plugin import FDRConfig
+
+Pairs = list[list[tuple[int, int]]]
+
+
+@dataclass
+class Predictions:
+    """Of all layers: boxes and class logits as lists, the distributions' logits, and the initial set."""
+
+    boxes: list[Tensor]
+    logits: list[Tensor]
+    corner_logits: list[Tensor]
+    initial_boxes: Tensor
+    initial_logits: Tensor
+
+    def part(self, queries: slice) -> "Predictions":
+        return Predictions(
+            [b[:, queries] for b in self.boxes],
+            [x[:, queries] for x in self.logits],
+            [z[:, queries] for z in self.corner_logits],
+            self.initial_boxes[:, queries],
+            self.initial_logits[:, queries],
+        )
+
+
+def isig(x: Tensor) -> Tensor:
+    x = x.clamp(0, 1)
+    return torch.log(x.clamp(min=1e-5)) - torch.log((1 - x).clamp(min=1e-5))
+
+
+def refine(model: PreTrainedModel, inputs: dict[str, Any]) -> Predictions:
+    """The decoder's loop by the design, section 1, from the inputs that the host's model gave its decoder."""
+    decoder = model.model.decoder
+    config: FDRConfig = decoder.fdr.config
+    is_deformable = "valid_ratios" in inputs
+    inputs = dict(inputs)
+    hidden = inputs.pop("inputs_embeds")
+    reference = inputs.pop("reference_points")
+    if is_deformable:
+        ratios = inputs.pop("valid_ratios")
+        class_heads = model.class_embed
+    else:
+        reference = torch.sigmoid(reference)
+        class_heads = decoder.class_embed
+    w_of_n = config.bin_values().tolist()
+
+    out = Predictions([], [], [], torch.empty(0), torch.empty(0))
+    z: Tensor | float = 0.0
+    previous: Tensor | float = 0.0
+    for index, layer in enumerate(decoder.layers):
+        if is_deformable:
+            scale = torch.cat([ratios, ratios], -1) if reference.shape[-1] == 4 else ratios
+            hidden = layer(hidden, reference_points=reference[:, :, None] * scale[:, None], **inputs)
+        else:
+            position = decoder.query_pos_head(reference)
+            hidden = layer(
+                hidden,
+                object_queries_position_embeddings=position,
+                reference_points=reference.unsqueeze(2),
+                **inputs,
+            )
+        if index == 0:
+            delta = decoder.bbox_embed[0](hidden)
+            if reference.shape[-1] == 2:
+                initial = torch.cat([delta[..., :2] + isig(reference), delta[..., 2:]], -1).sigmoid()
+            else:
+                initial = (delta + isig(reference)).sigmoid()
+            out.initial_boxes = initial
+            cx, cy, w, h = initial.detach().unbind(-1)
+        z = z + decoder.fdr.refine[index](hidden + previous).reshape(*hidden.shape[:2], 4, len(w_of_n))
+        previous = hidden.detach()
+        probability = torch.softmax(z, -1)
+        left, top, right, bottom = sum(w_of_n[n] * probability[..., n] for n in range(len(w_of_n))).unbind(-1)
+        x0, x1 = cx - w / 2 - left * w, cx + w / 2 + right * w
+        y0, y1 = cy - h / 2 - top * h, cy + h / 2 + bottom * h
+        sides = torch.stack([x1 - x0, y1 - y0], -1)
+        held = torch.where(sides < 1e-5, 1e-5 + (sides - sides.detach()), sides)  # the value stops, the gradient not
+        box = torch.stack([(x0 + x1) / 2, (y0 + y1) / 2, *held.unbind(-1)], -1)
+        reference = box.detach()
+
+        logits = F.linear(hidden, class_heads[index].weight, class_heads[index].bias)
+        if index == 0:
+            out.initial_logits = logits
+        if config.lqe:
+            top4 = probability.sort(-1, descending=True).values[..., :4]
+            shape = torch.cat([top4, top4.mean(-1, keepdim=True)], -1)
+            logits = logits + decoder.fdr.quality[index](shape.reshape(*shape.shape[:2], -1))
+        out.boxes.append(box)
+        out.logits.append(logits)
+        out.corner_logits.append(z)
+    return out
+
+
+def xyxy(boxes: Tensor) -> Tensor:
+    return box_convert(boxes, "cxcywh", "xyxy")
+
+
+def match(logits: Tensor, boxes: Tensor, targets: list[dict[str, Tensor]], costs: dict[str, float]) -> Pairs:
+    """Hungarian matching image by image, focal class cost."""
+    result: Pairs = []
+    for image, target in enumerate(targets):
+        p = logits[image].detach().sigmoid()[:, target["class_labels"]]
+        positive = 0.25 * (1 - p) ** 2 * -torch.log(p + 1e-8)
+        negative = 0.75 * p**2 * -torch.log(1 - p + 1e-8)
+        l1 = (boxes[image].detach()[:, None] - target["boxes"][None]).abs().sum(-1)
+        giou = generalized_box_iou(xyxy(boxes[image].detach()), xyxy(target["boxes"]))
+        cost = costs["class"] * (positive - negative) + costs["bbox"] * l1 - costs["giou"] * giou
+        rows, columns = linear_sum_assignment(cost.numpy())
+        result.append([(int(q), int(t)) for q, t in zip(rows, columns, strict=True)])
+    return result
+
+
+def union(sets: list[Pairs]) -> Pairs:
+    """Each query takes the truth that it met most often; the lowest of equals."""
+    result: Pairs = []
+    for image in range(len(sets[0])):
+        counts = Counter(pair for pairs in sets for pair in pairs[image])
+        best: dict[int, int] = {}
+        for (query, truth), _ in sorted(counts.items(), key=lambda item: (-item[1], item[0][1])):
+            best.setdefault(query, truth)
+        result.append(sorted(best.items()))
+    return result
+
+
+def each(pairs: Pairs) -> list[tuple[int, int, int]]:
+    return [(image, q, t) for image, of_image in enumerate(pairs) for q, t in of_image]
+
+
+def iou(box: Tensor, truth: Tensor) -> Tensor:
+    return pairwise_iou(xyxy(box[None]), xyxy(truth[None]))[0, 0]
+
+
+def box_terms(boxes: Tensor, targets: list[dict[str, Tensor]], pairs: Pairs, norm: float) -> dict[str, Tensor]:
+    l1 = giou = boxes.sum() * 0
+    for image, q, t in each(pairs):
+        truth = targets[image]["boxes"][t]
+        l1 = l1 + (boxes[image, q] - truth).abs().sum()
+        giou = giou + 1 - generalized_box_iou(xyxy(boxes[image, q][None]), xyxy(truth[None]))[0, 0]
+    return {"loss_bbox": l1 / norm, "loss_giou": giou / norm}
+
+
+def fgl(
+    z: Tensor, boxes: Tensor, initial: Tensor, targets: list[dict[str, Tensor]], pairs: Pairs, norm: float, w_of_n: list
+) -> Tensor:
+    total = z.sum() * 0
+    for image, q, t in each(pairs):
+        truth = targets[image]["boxes"][t]
+        weight = iou(boxes[image, q].detach(), truth)
+        frame = initial[image, q].detach()
+        x0, y0, x1, y1 = xyxy(frame[None])[0]
+        tx0, ty0, tx1, ty1 = xyxy(truth[None])[0]
+        wanted = [(x0 - tx0) / frame[2], (y0 - ty0) / frame[3], (tx1 - x1) / frame[2], (ty1 - y1) / frame[3]]
+        for edge, phi in enumerate(map(float, wanted)):
+            log_p = F.log_softmax(z[image, q, edge], -1)
+            if phi <= w_of_n[0]:
+                total = total - weight * log_p[0]
+            elif phi >= w_of_n[-1]:
+                total = total - weight * log_p[-1]
+            else:
+                n = max(i for i in range(len(w_of_n) - 1) if w_of_n[i] <= phi)
+                right = (phi - w_of_n[n]) / (w_of_n[n + 1] - w_of_n[n])
+                total = total - weight * ((1 - right) * log_p[n] + right * log_p[n + 1])
+    return total / norm
+
+
+def ddf(
+    layer: int, predictions: Predictions, targets: list[dict[str, Tensor]], pairs: Pairs, temperature: float
+) -> Tensor:
+    student, teacher = predictions.corner_logits[layer], predictions.corner_logits[-1].detach()
+    truth_of = {(image, q): t for image, q, t in each(pairs)}
+    matched, unmatched = [], []
+    for image in range(student.shape[0]):
+        for q in range(student.shape[1]):
+            if (image, q) in truth_of:
+                truth = targets[image]["boxes"][truth_of[image, q]]
+                quality, into = iou(predictions.boxes[layer][image, q].detach(), truth), matched
+            else:
+                quality, into = predictions.logits[-1][image, q].detach().sigmoid().max(), unmatched
+            for edge in range(4):
+                p = torch.softmax(teacher[image, q, edge] / temperature, -1)
+                log_s = F.log_softmax(student[image, q, edge] / temperature, -1)
+                into.append(quality * temperature**2 * (p * (p.log() - log_s)).sum())
+    total, roots = student.sum() * 0, 0.0
+    for terms in (matched, unmatched):
+        if terms:
+            total = total + torch.stack(terms).mean() * math.sqrt(len(terms))
+            roots += math.sqrt(len(terms))
+    return total / roots
+
+
+def vfl(logits: Tensor, boxes: Tensor, targets: list[dict[str, Tensor]], pairs: Pairs, norm: float) -> Tensor:
+    """RT-DETR's varifocal loss: alpha 0.75, gamma 2."""
+    score = torch.zeros_like(logits)
+    for image, q, t in each(pairs):
+        score[image, q, targets[image]["class_labels"][t]] = iou(boxes[image, q].detach(), targets[image]["boxes"][t])
+    positive = torch.zeros_like(logits)
+    for image, q, t in each(pairs):
+        positive[image, q, targets[image]["class_labels"][t]] = 1
+    weight = 0.75 * logits.detach().sigmoid() ** 2 * (1 - positive) + score
+    return (weight * -(score * F.logsigmoid(logits) + (1 - score) * F.logsigmoid(-logits))).sum() / norm
+
+
+def focal(logits: Tensor, targets: list[dict[str, Tensor]], pairs: Pairs, norm: float) -> Tensor:
+    """Deformable-DETR's focal loss: alpha 0.25, gamma 2."""
+    positive = torch.zeros_like(logits)
+    for image, q, t in each(pairs):
+        positive[image, q, targets[image]["class_labels"][t]] = 1
+    p = logits.sigmoid()
+    loss = -(
+        0.25 * positive * (1 - p) ** 2 * F.logsigmoid(logits) + 0.75 * (1 - positive) * p**2 * F.logsigmoid(-logits)
+    )
+    return loss.sum() / norm

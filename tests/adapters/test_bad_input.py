@@ -1,0 +1,152 @@
+"""What comes in wrong is named, and leaves nothing behind."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import DeformableDetrForObjectDetection, DFineConfig, DFineForObjectDetection, ResNetConfig
+
+from dfine_plugin import InvalidTargetError, NonFiniteError, UnsupportedModelError, register_adapter, wrap_decoder
+from dfine_plugin.record import current_scope
+
+from .hosts import HOSTS, Host, build, images, labels
+
+
+def wrapped(host: Host) -> nn.Module:
+    return wrap_decoder(build(host), host.config())
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_wrong_targets_are_named_by_image_and_value(host: Host, training: bool) -> None:
+    model = wrapped(host).train(training)
+    for spoil, message in [
+        (lambda t: t["class_labels"].fill_(7), r"image 1, truth 0: label 7 is out of range for 3 classes"),
+        (lambda t: t["class_labels"].fill_(-1), r"image 1, truth 0: label -1 is out of range"),
+        (lambda t: t["boxes"].mul_(640), r"image 1, truth 0: box \[.*\] looks like pixels"),
+        (lambda t: t["boxes"][2, 3].zero_(), r"image 1, truth 2: box \[.*\] .* has no area"),
+        (lambda t: t["boxes"][1, 0].fill_(float("nan")), r"image 1, truth 1: box \[nan.*\] is not finite"),
+    ]:
+        targets = labels()
+        spoil(targets[1])
+        with pytest.raises(InvalidTargetError, match=message):
+            model(images(), labels=targets)
+    ragged = labels()
+    ragged[0]["boxes"] = ragged[0]["boxes"][:1]
+    with pytest.raises(InvalidTargetError, match=r"image 0: boxes must be \(n, 4\) and class_labels \(n,\)"):
+        model(images(), labels=ragged)
+    assert torch.isfinite(model(images(), labels=labels()).loss)
+
+
+def test_positional_labels_are_checked_too(host: Host) -> None:
+    model = wrapped(host)
+    targets = labels()
+    targets[0]["class_labels"].fill_(9)
+    count = 7 if isinstance(model, DeformableDetrForObjectDetection) else 5
+    with pytest.raises(InvalidTargetError, match="label 9"):
+        model(images(), *[None] * (count - 2), targets)
+
+
+@pytest.mark.parametrize("part", ["boxes", "logits"])
+def test_non_finite_predictions_are_named_by_layer(host: Host, part: str) -> None:
+    model = wrapped(host).train()
+    with torch.no_grad():
+        if part == "boxes":
+            model.model.decoder.fdr.refine[1][-1].bias[5] = float("nan")
+        else:
+            heads = model.class_embed if host.name.startswith("deformable") else model.model.decoder.class_embed
+            heads[1].bias[0] = float("inf")
+    with pytest.raises(NonFiniteError, match=f"not finite: .*{part} of decoder layer [12]"):
+        model(images(), labels=labels())
+
+
+def test_nothing_is_left_after_an_exception(host: Host) -> None:
+    model = wrapped(host)
+    with pytest.raises(InvalidTargetError):
+        model(images(), labels=[{"class_labels": torch.tensor([9]), "boxes": torch.rand(1, 4)}] * 2)
+    with pytest.raises(ValueError, match="unpack"):  # the host's own
+        model(images()[:, :, None], labels=labels())
+    with pytest.raises(RuntimeError, match="within that model's forward"):
+        current_scope()
+    model(images())
+    with pytest.raises(RuntimeError, match="within that model's forward"):
+        current_scope()
+
+
+def test_a_model_nobody_knows() -> None:
+    with pytest.raises(UnsupportedModelError) as error:
+        wrap_decoder(nn.Linear(2, 2))
+    message = str(error.value)
+    assert "torch.nn.modules.linear.Linear" in message
+    assert "RTDetrForObjectDetection" in message
+    assert "register_adapter" in message
+
+
+def test_d_fine_has_fdr_already() -> None:
+    backbone = ResNetConfig(
+        embedding_size=8,
+        hidden_sizes=[8, 8, 8, 8],
+        depths=[1, 1, 1, 1],
+        layer_type="basic",
+        out_features=["stage2", "stage3", "stage4"],
+    )
+    config = DFineConfig(
+        backbone_config=backbone,
+        d_model=32,
+        encoder_hidden_dim=32,
+        decoder_layers=2,
+        encoder_in_channels=[8, 8, 8],
+        decoder_in_channels=[32, 32, 32],
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+    )
+    with torch.device("meta"):
+        model = DFineForObjectDetection(config)
+    with pytest.raises(UnsupportedModelError, match="FDR model already"):
+        wrap_decoder(model)
+
+
+def test_a_host_without_box_refinement_needs_consent() -> None:
+    plain = next(host for host in HOSTS if host.name == "deformable-detr-plain")
+    model = build(plain)
+    before = list(model.state_dict())
+    with pytest.raises(UnsupportedModelError, match="box_refinement=True"):
+        wrap_decoder(model)
+    assert list(model.state_dict()) == before
+
+
+def test_a_loss_function_of_the_users_own_is_not_silently_dropped(host: Host) -> None:
+    model = build(host)
+    model.loss_function = lambda *args, **kwargs: None
+    with pytest.raises(UnsupportedModelError, match="loss_function of its own"):
+        wrap_decoder(model, host.config())
+
+
+def test_subclasses_of_a_host_find_its_adapter(host: Host) -> None:
+    model = build(host)
+    model.__class__ = type("Mine", (type(model),), {})
+    wrap_decoder(model, host.config())
+    assert torch.isfinite(model(images(), labels=labels()).loss)
+
+
+def test_another_packages_adapter_is_found() -> None:
+    class Toy(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    @register_adapter(f"{Toy.__module__}.{Toy.__qualname__}")
+    class ToyAdapter:
+        def check(self, model, config) -> None: ...
+
+        def attach(self, model, config) -> str:
+            return "kept"
+
+        def detach(self, model, retired) -> None:
+            assert retired == "kept"
+
+        def deploy(self, model) -> None: ...
+
+        def begin(self, model, args, kwargs) -> None:
+            model.seen = args
+
+    model = wrap_decoder(Toy())
+    model(torch.ones(1))
+    assert model.seen == (torch.ones(1),)

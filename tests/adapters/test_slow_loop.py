@@ -1,0 +1,157 @@
+"""Boxes, losses and gradients of every wrapped host against the slow loop with the same weights."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dfine_plugin import FDRConfig, wrap_decoder
+
+from . import slow_loop as slow
+from .hosts import Host, build, images, labels, randomise_fdr
+
+
+def run(model: PreTrainedModel, targets: list[dict[str, Tensor]]) -> tuple[Any, slow.Predictions]:
+    """The adapter's outputs, and the slow loop's from the very inputs that the decoder was given."""
+    given: dict[str, Any] = {}
+    handle = model.model.decoder.register_forward_pre_hook(
+        lambda module, args, kwargs: given.update(kwargs), with_kwargs=True
+    )
+    torch.manual_seed(5)
+    outputs = model(images(len(targets)).to(next(model.parameters()).dtype), labels=targets)
+    handle.remove()
+    return outputs, slow.refine(model, given)
+
+
+def in_double(model: PreTrainedModel, targets: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    model.double()
+    return [{"class_labels": t["class_labels"], "boxes": t["boxes"].double()} for t in targets]
+
+
+def assert_same_gradients(model: PreTrainedModel, ours: Tensor, theirs: Tensor, tolerance: float) -> None:
+    names, parameters = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad), strict=True)
+    own = torch.autograd.grad(ours, parameters, retain_graph=True, allow_unused=True)
+    other = torch.autograd.grad(theirs, parameters, retain_graph=True, allow_unused=True)
+    largest = max(float(g.norm()) for g in other if g is not None)
+    for name, g, reference in zip(names, own, other, strict=True):
+        if g is None and reference is None:
+            continue
+        g = torch.zeros_like(reference) if g is None else g
+        reference = torch.zeros_like(g) if reference is None else reference
+        difference = float((g - reference).norm())
+        assert difference <= tolerance * max(float(reference.norm()), 1e-4 * largest), (
+            f"{name}: {difference} of {float(reference.norm())}"
+        )
+
+
+@pytest.mark.parametrize("lqe", [True, False], ids=["lqe", "no-lqe"])
+def test_boxes_and_logits_and_their_gradients(host: Host, lqe: bool) -> None:
+    model = wrap_decoder(build(host), host.config(lqe=lqe)).train()
+    randomise_fdr(model)
+    targets = in_double(model, labels())
+    outputs, expected = run(model, targets)
+    last = outputs.pred_boxes.shape[1]
+    boxes, logits = expected.boxes[-1][:, -last:], expected.logits[-1][:, -last:]
+    if host.name.startswith("rt-detr"):
+        boxes, logits = expected.boxes[-1], expected.logits[-1]
+    torch.testing.assert_close(outputs.pred_boxes, boxes, atol=1e-5, rtol=0)
+    torch.testing.assert_close(outputs.logits, logits, atol=1e-5, rtol=0)
+    generator = torch.Generator().manual_seed(7)
+    probe = torch.randn(boxes.shape, generator=generator).double()
+    assert_same_gradients(model, (outputs.pred_boxes * probe).sum(), (boxes * probe).sum(), 1e-4)
+    assert_same_gradients(model, outputs.logits.square().mean(), logits.square().mean(), 1e-4)
+
+
+def slow_losses(
+    host: Host, model: PreTrainedModel, outputs: Any, predictions: slow.Predictions, targets: list, config: FDRConfig
+) -> dict[str, Tensor]:
+    """Every term of the loss dict, weighted, under the host's names."""
+    own = model.config
+    w_of_n = config.bin_values().double().tolist()
+    rt_detr = host.name.startswith("rt-detr")
+    costs = (
+        {"class": own.matcher_class_cost, "bbox": own.matcher_bbox_cost, "giou": own.matcher_giou_cost}
+        if rt_detr
+        else {"class": own.class_cost, "bbox": own.bbox_cost, "giou": own.giou_cost}
+    )
+    l1_weight = own.weight_loss_bbox if rt_detr else own.bbox_loss_coefficient
+    giou_weight = own.weight_loss_giou if rt_detr else own.giou_loss_coefficient
+    class_weight, class_name = (own.weight_loss_vfl, "loss_vfl") if rt_detr else (1.0, "loss_ce")
+    aux = "_aux_" if rt_detr else "_"
+
+    meta = outputs.denoising_meta_values if rt_detr else None
+    split = meta["dn_num_split"][0] if meta else 0
+    normal = predictions.part(slice(split, None))
+    num_layers = len(normal.boxes)
+    suffixes = [f"{aux}{i}" for i in range(num_layers - 1)] + [""]
+    sets = {s: (normal.logits[i], normal.boxes[i]) for i, s in enumerate(suffixes)}
+    sets["_pre"] = (normal.initial_logits, normal.initial_boxes)
+    if rt_detr:
+        sets[f"{aux}{num_layers - 1}"] = (outputs.enc_topk_logits, outputs.enc_topk_bboxes)
+    matches = {s: slow.match(*sets[s], targets, costs) for s in sets}
+    truths = max(sum(len(t["boxes"]) for t in targets), 1)
+    united = slow.union(list(matches.values()))
+    norm = max(sum(len(p) for p in united), 1) if config.union else truths
+
+    losses: dict[str, Tensor] = {}
+
+    def add_set(suffix: str, logits: Tensor, boxes: Tensor, own_pairs: Any, pairs: Any, n: float, n_box: float) -> None:
+        term = slow.vfl(logits, boxes, targets, own_pairs, n) if rt_detr else slow.focal(logits, targets, own_pairs, n)
+        losses[class_name + suffix] = class_weight * term
+        terms = slow.box_terms(boxes, targets, pairs, n_box)
+        losses["loss_bbox" + suffix] = l1_weight * terms["loss_bbox"]
+        losses["loss_giou" + suffix] = giou_weight * terms["loss_giou"]
+
+    def add_fdr(names: list[str], part: slow.Predictions, pairs_of: list, n: float) -> None:
+        for i, suffix in enumerate(names):
+            term = slow.fgl(part.corner_logits[i], part.boxes[i], part.initial_boxes, targets, pairs_of[i], n, w_of_n)
+            losses["loss_fgl" + suffix] = config.fgl_weight * term
+            if config.ddf and i < len(names) - 1:
+                term = slow.ddf(i, part, targets, pairs_of[i], config.temperature)
+                losses["loss_ddf" + suffix] = config.ddf_weight * term
+
+    for suffix, (logits, boxes) in sets.items():
+        pairs = united if config.union else matches[suffix]
+        add_set(suffix, logits, boxes, matches[suffix], pairs, truths, norm)
+    add_fdr(suffixes, normal, [united if config.union else matches[s] for s in suffixes], norm)
+    if meta:
+        noisy = predictions.part(slice(0, split))
+        known = [
+            [(int(q), k % len(t["boxes"])) for k, q in enumerate(positive)] if len(t["boxes"]) else []
+            for positive, t in zip(meta["dn_positive_idx"], targets, strict=True)
+        ]
+        n = truths * meta["dn_num_group"]
+        names = [f"_dn_{i}" for i in range(num_layers)]
+        for i, suffix in enumerate(names):
+            add_set(suffix, noisy.logits[i], noisy.boxes[i], known, known, n, n)
+        add_set("_dn_pre", noisy.initial_logits, noisy.initial_boxes, known, known, n, n)
+        add_fdr(names, noisy, [known] * num_layers, n)
+    return losses
+
+
+@pytest.mark.parametrize(
+    ("settings", "counts"),
+    [
+        ({}, (2, 3)),
+        ({"union": False, "ddf": False, "lqe": False}, (2, 3)),
+        ({"weighting": "uniform", "num_bins": 16, "a": 0.25, "temperature": 2.0}, (2, 0)),
+    ],
+    ids=["fdr+go-lsd", "fdr", "other-bins-empty-image"],
+)
+def test_every_loss_term_and_its_gradient(host: Host, settings: dict[str, Any], counts: tuple[int, ...]) -> None:
+    config = host.config(**settings)
+    model = wrap_decoder(build(host), config).train()
+    randomise_fdr(model)
+    targets = in_double(model, labels(counts))
+    outputs, predictions = run(model, targets)
+    expected = slow_losses(host, model, outputs, predictions, targets, config)
+    ours = {name: term for name, term in outputs.loss_dict.items() if "cardinality" not in name}
+    assert ours.keys() == expected.keys()
+    if host.weighted_loss_dict:
+        for name, term in expected.items():
+            torch.testing.assert_close(ours[name], term.to(ours[name].dtype), atol=1e-5, rtol=1e-5, msg=name)
+    total = torch.stack([term.double() for term in expected.values()]).sum()
+    torch.testing.assert_close(outputs.loss.double(), total, atol=1e-5, rtol=1e-5)
+    assert_same_gradients(model, outputs.loss, total, 1e-4)
