@@ -1,4 +1,4 @@
-"""What the adapters for Hugging Face transformers share: configs, ties, checkpoints and the criterion that takes the union."""
+"""What the adapters for transformers share: configs, ties, checkpoints, and the criterion that takes the union."""
 
 import copy
 import inspect
@@ -10,18 +10,19 @@ from typing import Any
 
 import torch
 import transformers
-from dfine_plugin.config import FDRConfig
-from dfine_plugin.criterion import box_losses, distribution_losses, mean_over_processes
-from dfine_plugin.errors import UnsupportedModelError, WrapStateError
-from dfine_plugin.matching import GOLSDMatcher, Pairs
-from dfine_plugin.head import FDRHead
-from dfine_plugin.record import FDRRecord
-from dfine_plugin.validation import check_finite, check_targets
-from dfine_plugin.wrapping import binding_of, wrap_decoder
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from dfine_plugin.config import FDRConfig
+from dfine_plugin.criterion import box_losses, distribution_losses, mean_over_processes
+from dfine_plugin.errors import UnsupportedModelError, WrapStateError
+from dfine_plugin.head import FDRHead
+from dfine_plugin.matching import GOLSDMatcher, Pairs
+from dfine_plugin.record import FDRRecord
+from dfine_plugin.validation import check_finite, check_targets
+from dfine_plugin.wrapping import binding_of, wrap_decoder
 
 SETTINGS = "dfine_plugin"
 """The attribute of a wrapped model's transformers config that carries the FDRConfig into config.json and back."""
@@ -65,8 +66,8 @@ class TransformersAdapter:
         name = type(model).__name__
         if hasattr(model.config, SETTINGS):
             raise UnsupportedModelError(
-                f"this {name}'s config comes from a wrapped model, whose FDR weights {name}.from_pretrained does not know. "
-                "Load such a checkpoint with dfine_plugin.adapters.transformers_common.load_pretrained(path); "
+                f"this {name}'s config comes from a wrapped model, whose FDR weights {name}.from_pretrained does not "
+                "know. Load such a checkpoint with dfine_plugin.adapters.transformers_common.load_pretrained(path); "
                 f"to wrap anew, delete config.{SETTINGS} first"
             )
         if "_loss_function" in model.__dict__:

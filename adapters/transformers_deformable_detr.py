@@ -11,6 +11,11 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.loss.loss_deformable_detr import DeformableDetrHungarianMatcher, DeformableDetrImageLoss
+from transformers.models.deformable_detr import modeling_deformable_detr as host
+
 from dfine_plugin.boxes import straight_through_clamp
 from dfine_plugin.config import FDRConfig
 from dfine_plugin.errors import UnsupportedModelError
@@ -18,15 +23,11 @@ from dfine_plugin.head import FDRHead, locate_initial_boxes
 from dfine_plugin.record import FDRRecord, current_record, leave_record
 from dfine_plugin.registry import register_adapter
 from dfine_plugin.validation import check_finite
-from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.loss.loss_deformable_detr import DeformableDetrHungarianMatcher, DeformableDetrImageLoss
-from transformers.models.deformable_detr import modeling_deformable_detr as host
 
 from . import transformers_common as common
 
 LOGIT_EPS = 1e-5
-"""The host reports sigmoids, which reach neither 0 nor 1: boxes are held this far inside, as its inverse_sigmoid does."""
+"""The host reports sigmoids, which reach neither 0 nor 1: boxes are held this far inside, as in its inverse_sigmoid."""
 
 
 def logit(boxes: Tensor) -> Tensor:

@@ -8,17 +8,18 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.loss.loss_rt_detr import RTDetrLoss
+from transformers.models.rt_detr import modeling_rt_detr
+from transformers.models.rt_detr_v2 import modeling_rt_detr_v2
+
 from dfine_plugin.config import FDRConfig
 from dfine_plugin.criterion import distribution_losses, mean_over_processes
 from dfine_plugin.head import FDRHead, locate_initial_boxes
 from dfine_plugin.record import FDRRecord, current_record, current_scope, leave_record
 from dfine_plugin.registry import register_adapter
 from dfine_plugin.validation import check_finite
-from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.loss.loss_rt_detr import RTDetrLoss
-from transformers.models.rt_detr import modeling_rt_detr
-from transformers.models.rt_detr_v2 import modeling_rt_detr_v2
 
 from . import transformers_common as common
 
