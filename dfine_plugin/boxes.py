@@ -61,8 +61,8 @@ def decode_boxes(initial_boxes: Tensor, logits: Tensor, weights: Tensor) -> Tens
 def encode_boxes(initial_boxes: Tensor, target_boxes: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The two bins, and their weights, that would carry each edge of an initial box to the true edge (D-FINE, eq. 3).
 
-    phi, the offset wanted in initial-box sides, lies between the bins ``left`` and ``left + 1``; the weights interpolate
-    linearly in W, ``left_weight W(left) + right_weight W(left + 1) = phi``, and sum to 1. Beyond the range of W all
+    phi, the offset wanted in initial-box sides, lies between the bins ``left`` and ``left + 1``; the weights
+    interpolate linearly in W, ``left_weight W(left) + right_weight W(left + 1) = phi``, and sum to 1. Beyond the range of W all
     weight is on the end bin.
 
     Args:

@@ -77,9 +77,9 @@ class Refinement:
 class FDRHead(nn.Module):
     """Fine-grained Distribution Refinement (D-FINE, section 4.1), one residual MLP a decoder layer.
 
-    ``z_l = z_{l-1} + MLP_l(h_l + stopgrad(h_{l-1}))`` with z_0 = 0 and h_0 = 0, and ``box_l`` = the initial box with its
-    edges moved by the expectations of ``softmax(z_l)`` under W (:func:`decode_boxes`). A fresh head predicts zero logits,
-    hence the initial boxes.
+    ``z_l = z_{l-1} + MLP_l(h_l + stopgrad(h_{l-1}))`` with z_0 = 0 and h_0 = 0, and ``box_l`` = the initial box with
+    its edges moved by the expectations of ``softmax(z_l)`` under W (:func:`decode_boxes`). A fresh head predicts zero
+    logits, hence the initial boxes.
 
     Args:
         hidden_dim: C, the width of the decoder.
@@ -122,7 +122,7 @@ class FDRHead(nn.Module):
         )
 
     def quality_logits(self, layer: int, corner_logits: Tensor) -> Tensor | None:
-        """What LQE adds to the class logits of ``layer``: ``(B, Q, 4, K)`` corner logits to ``(B, Q, 1)``; None without."""
+        """What LQE adds to the layer's class logits: ``(B, Q, 4, K)`` corner logits to ``(B, Q, 1)``; None without."""
         mlp = self.quality[layer] if len(self.quality) else None
         if not isinstance(mlp, LocationQuality):
             return None
@@ -131,7 +131,7 @@ class FDRHead(nn.Module):
         return mlp(shape.to(mlp[0].weight.dtype))
 
     def deploy(self) -> None:
-        """Drop what only training uses: the quality estimates of all layers but the last. Their boxes build the last's."""
+        """Drop what only training uses: the quality estimates of all layers but the last."""
         for layer in range(len(self.quality) - 1):
             self.quality[layer] = nn.Identity()
 

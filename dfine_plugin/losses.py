@@ -17,8 +17,8 @@ def fgl_loss(
 ) -> Tensor:
     """Fine-Grained Localization loss (D-FINE, eq. 3): two-bin cross entropy of each edge, weighted by IoU.
 
-    ``sum over pairs and edges of IoU * (left_weight CE(left_bin) + right_weight CE(left_bin + 1)) / num_boxes``, with the
-    bins and weights of :func:`encode_boxes`.
+    ``sum over pairs and edges of IoU * (left_weight CE(left_bin) + right_weight CE(left_bin + 1)) / num_boxes``, with
+    the bins and weights of :func:`encode_boxes`.
 
     Args:
         logits: ``(M, 4, K)``, the matched queries' distributions.
