@@ -6,13 +6,13 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import transformers
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from dfine_plugin.config import FDRConfig
@@ -23,6 +23,9 @@ from dfine_plugin.matching import GOLSDMatcher, Pairs
 from dfine_plugin.record import FDRRecord
 from dfine_plugin.validation import check_finite, check_targets
 from dfine_plugin.wrapping import binding_of, wrap_decoder
+
+Host = Any
+"""A PreTrainedModel whose parts are found by their names, which differ from host to host: beyond a type checker."""
 
 SETTINGS = "dfine_plugin"
 """The attribute of a wrapped model's transformers config that carries the FDRConfig into config.json and back."""
@@ -36,11 +39,13 @@ class Retired:
         modules: the box heads that the FDR head replaces, by their dotted names in the model.
         classes: the host's classes of modules that became another class, by their dotted names.
         ties: the host's declarations of tied parameters, as declared and as expanded.
+        load_hook: what seeds the model from a baseline's state dict.
     """
 
     modules: dict[str, nn.Module] = field(default_factory=dict)
     classes: dict[str, type[nn.Module]] = field(default_factory=dict)
     ties: tuple[dict[str, str] | None, dict[str, str]] = (None, {})
+    load_hook: Any = None
 
 
 class TransformersAdapter:
@@ -50,18 +55,18 @@ class TransformersAdapter:
     change more of the model in :meth:`attach_heads`.
     """
 
-    decoder_classes: Mapping[type[nn.Module], type[nn.Module]]
+    decoder_classes: ClassVar[dict[type[nn.Module], type[nn.Module]]]
     """From each host decoder class to its subclass that refines distributions."""
 
     def make_loss(self, config: FDRConfig) -> Callable[..., Any]:
         """A plain callable with the signature of the host's loss function."""
         raise NotImplementedError
 
-    def attach_heads(self, model: PreTrainedModel, config: FDRConfig, retired: Retired) -> None:
+    def attach_heads(self, model: Host, config: FDRConfig, retired: Retired) -> None:
         """Retire the host's box heads after the first one, and note in ``retired`` what was changed."""
         raise NotImplementedError
 
-    def check(self, model: PreTrainedModel, config: FDRConfig) -> None:
+    def check(self, model: Host, config: FDRConfig) -> None:
         """See :class:`~dfine_plugin.registry.Adapter`."""
         name = type(model).__name__
         if hasattr(model.config, SETTINGS):
@@ -77,7 +82,7 @@ class TransformersAdapter:
         if type(model.model.decoder) not in self.decoder_classes:
             raise UnsupportedModelError(f"this {name} has a decoder of another class: {type(model.model.decoder)}")
 
-    def attach(self, model: PreTrainedModel, config: FDRConfig) -> Retired:
+    def attach(self, model: Host, config: FDRConfig) -> Retired:
         """See :class:`~dfine_plugin.registry.Adapter`."""
         decoder = model.model.decoder
         parameter = next(decoder.parameters())
@@ -92,10 +97,10 @@ class TransformersAdapter:
         retie(model)
         _own_config(model, config)
         model.loss_function = self.make_loss(config)
-        model.register_load_state_dict_pre_hook(_seed_from_baseline)
+        retired.load_hook = model.register_load_state_dict_pre_hook(_seed_from_baseline)
         return retired
 
-    def detach(self, model: PreTrainedModel, retired: Retired) -> None:
+    def detach(self, model: Host, retired: Retired) -> None:
         """See :class:`~dfine_plugin.registry.Adapter`."""
         decoder = model.model.decoder
         like = next(decoder.parameters())
@@ -107,17 +112,14 @@ class TransformersAdapter:
             recast(model.get_submodule(name), host_class)
         model._tied_weights_keys, model.all_tied_weights_keys = retired.ties
         _own_config(model, None)
-        for key in [key for key, hook in model._load_state_dict_pre_hooks.items() if hook.hook is _seed_from_baseline]:
-            del model._load_state_dict_pre_hooks[key]
+        retired.load_hook.remove()
 
-    def deploy(self, model: PreTrainedModel) -> None:
+    def deploy(self, model: Host) -> None:
         """See :class:`~dfine_plugin.registry.Adapter`."""
         model.model.decoder.fdr.deploy()
         model.loss_function = _refuse_loss
 
-    def begin(
-        self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> list[dict[str, Tensor]] | None:
+    def begin(self, model: Host, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[dict[str, Tensor]] | None:
         """See :class:`~dfine_plugin.registry.Adapter`. Returns the labels among the arguments."""
         labels = inspect.signature(type(model).forward).bind(model, *args, **kwargs).arguments.get("labels")
         if labels is not None:
@@ -125,7 +127,7 @@ class TransformersAdapter:
         return labels
 
 
-def retire(model: PreTrainedModel, names: Iterable[str], retired: Retired) -> None:
+def retire(model: Host, names: Iterable[str], retired: Retired) -> None:
     """Take the named elements of ModuleLists out, an Identity in their place so that the others keep their names."""
     for name in names:
         parent, index = name.rsplit(".", 1)
@@ -170,7 +172,7 @@ def _refuse_loss(*_: Any, **__: Any) -> None:
     raise WrapStateError("a deployed model is for inference only: call it without labels")
 
 
-def _own_config(model: PreTrainedModel, config: FDRConfig | None) -> None:
+def _own_config(model: Host, config: FDRConfig | None) -> None:
     """Note the settings in the model's config (or take the note out), in a copy, for hosts can share one config."""
     shared = model.config
     own = copy.deepcopy(shared)
@@ -183,7 +185,7 @@ def _own_config(model: PreTrainedModel, config: FDRConfig | None) -> None:
             module.config = own
 
 
-def retie(model: PreTrainedModel) -> None:
+def retie(model: Host) -> None:
     """Declare tied what is, so that saving writes each parameter once and re-tying finds all it looks for.
 
     Of several names a parameter keeps the one that the host saves it by.
@@ -201,7 +203,7 @@ def retie(model: PreTrainedModel) -> None:
         model.all_tied_weights_keys = dict(ties)
 
 
-def _seed_from_baseline(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+def _seed_from_baseline(model: Host, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Before a state dict is loaded: if it is a baseline's, hand over what a strict load would stumble on.
 
     A baseline has no FDR parameters, which stay as they are, and box heads that the wrapped model has retired, which
@@ -224,7 +226,7 @@ def _seed_from_baseline(model: nn.Module, state_dict: dict[str, Any], prefix: st
     state_dict.update({key: value for key, value in own.items() if key.startswith(marker)})
 
 
-def load_pretrained(path: str | Path, **kwargs: Any) -> PreTrainedModel:
+def load_pretrained(path: str | Path, **kwargs: Any) -> Host:
     """Load what ``save_pretrained`` of a wrapped model wrote: the host, wrapped with the same settings, bit for bit.
 
     ``from_pretrained`` of the host's own class cannot: it drops the FDR head and initialises the retired heads anew.
@@ -281,6 +283,8 @@ class UnionCriterion(nn.Module):
     their own pairs.
     """
 
+    matcher: Any
+
     def match(self, sets: list[dict[str, Tensor]], targets: list[dict[str, Tensor]], config: FDRConfig) -> None:
         """Match every prediction set by the host's matcher, and form the union if the config wants it."""
         self.matcher = GOLSDMatcher(self.matcher)
@@ -292,7 +296,7 @@ class UnionCriterion(nn.Module):
             count = sum(len(queries) for queries, _ in self.pairs)
             self.num_pairs = mean_over_processes(count, sets[0]["pred_boxes"].device)
 
-    def get_loss(self, loss, outputs, targets, indices, num_boxes, **kwargs):  # type: ignore[no-untyped-def]
+    def get_loss(self, loss, outputs, targets, indices, num_boxes, **kwargs):
         if loss == "boxes":
             boxes = outputs["pred_boxes"]
             if self.matcher.knows(boxes):
@@ -300,7 +304,7 @@ class UnionCriterion(nn.Module):
                 if self.pairs is not None:
                     indices, num_boxes = self.pairs, self.num_pairs
             return box_losses(boxes, [target["boxes"] for target in targets], indices, num_boxes)
-        return super().get_loss(loss, outputs, targets, indices, num_boxes, **kwargs)
+        return super().get_loss(loss, outputs, targets, indices, num_boxes, **kwargs)  # type: ignore[misc]
 
     def distribution_losses(
         self,

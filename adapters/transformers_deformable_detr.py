@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.loss.loss_deformable_detr import DeformableDetrHungarianMatcher, DeformableDetrImageLoss
 from transformers.models.deformable_detr import modeling_deformable_detr as host
 
@@ -52,11 +51,12 @@ class FDRDeformableDetrDecoder(host.DeformableDetrDecoder):
     """
 
     fdr: FDRHead
+    bbox_embed: Any
     deployed = False
 
     @host.merge_with_config_defaults
     @host.capture_outputs
-    def forward(  # type: ignore[no-untyped-def]
+    def forward(
         self,
         inputs_embeds=None,
         encoder_hidden_states=None,
@@ -70,8 +70,8 @@ class FDRDeformableDetrDecoder(host.DeformableDetrDecoder):
         **kwargs,
     ):
         hidden_states, reference = inputs_embeds, reference_points
-        record, state = None, None
-        hidden, references = [], []
+        hidden: list[Tensor] = []
+        references: list[Tensor] = []
         for index, layer in enumerate(self.layers):
             ratios = torch.cat([valid_ratios] * (reference.shape[-1] // 2), dim=-1)
             hidden_states = layer(
@@ -85,7 +85,7 @@ class FDRDeformableDetrDecoder(host.DeformableDetrDecoder):
                 encoder_attention_mask,
                 **kwargs,
             )
-            if state is None:
+            if index == 0:
                 initial_boxes = locate_initial_boxes(self.bbox_embed[0](hidden_states), reference)
                 state = self.fdr.start(initial_boxes)
                 record = FDRRecord(self.fdr.weights, initial_boxes)
@@ -219,22 +219,24 @@ class DeformableDetrGOLSDLoss:
             "loss_fgl": self.config.fgl_weight,
             "loss_ddf": self.config.ddf_weight,
         }
-        total = sum(
+        weighted = [
             weight * losses[name + suffix]
             for suffix in [*suffixes, "_pre"]
             for name, weight in weights.items()
             if name + suffix in losses
-        )
-        return total, losses, auxiliary or None
+        ]
+        return torch.stack(weighted).sum(), losses, auxiliary or None
 
 
 @register_adapter("transformers.models.deformable_detr.modeling_deformable_detr.DeformableDetrForObjectDetection")
 class DeformableDetrAdapter(common.TransformersAdapter):
     """Deformable-DETR."""
 
-    decoder_classes: ClassVar = {host.DeformableDetrDecoder: FDRDeformableDetrDecoder}
+    decoder_classes: ClassVar[dict[type[nn.Module], type[nn.Module]]] = {
+        host.DeformableDetrDecoder: FDRDeformableDetrDecoder
+    }
 
-    def check(self, model: PreTrainedModel, config: FDRConfig) -> None:
+    def check(self, model: common.Host, config: FDRConfig) -> None:
         super().check(model, config)
         if model.model.decoder.bbox_embed is None and not config.box_refinement:
             raise UnsupportedModelError(
@@ -251,7 +253,7 @@ class DeformableDetrAdapter(common.TransformersAdapter):
     def make_loss(self, config: FDRConfig) -> DeformableDetrGOLSDLoss:
         return DeformableDetrGOLSDLoss(config)
 
-    def attach_heads(self, model: PreTrainedModel, config: FDRConfig, retired: common.Retired) -> None:
+    def attach_heads(self, model: common.Host, config: FDRConfig, retired: common.Retired) -> None:
         decoder = model.model.decoder
         num_layers = len(decoder.layers)
         if decoder.bbox_embed is None:
@@ -270,14 +272,14 @@ class DeformableDetrAdapter(common.TransformersAdapter):
                     retired.classes[f"{name}.{level}"] = former
                 head.level = level
 
-    def detach(self, model: PreTrainedModel, retired: common.Retired) -> None:
+    def detach(self, model: common.Host, retired: common.Retired) -> None:
         super().detach(model, retired)
         for head in (*model.bbox_embed, *model.class_embed):
             head.__dict__.pop("level", None)
         if not model.config.with_box_refine:
             model.model.decoder.bbox_embed = None
 
-    def deploy(self, model: PreTrainedModel) -> None:
+    def deploy(self, model: common.Host) -> None:
         super().deploy(model)
         decoder = model.model.decoder
         decoder.deployed = True

@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.loss.loss_rt_detr import RTDetrLoss
 from transformers.models.rt_detr import modeling_rt_detr
 from transformers.models.rt_detr_v2 import modeling_rt_detr_v2
@@ -28,8 +27,12 @@ class RefiningLoop:
     """The host's decoder loop with the FDR head in it; a mixin before the host's decoder class."""
 
     fdr: FDRHead
+    layers: Any
+    query_pos_head: Any
+    bbox_embed: Any
+    class_embed: Any
 
-    def refine(self, hidden_states: Tensor, reference_points: Tensor, **layer_inputs: Any) -> dict[str, Tensor]:
+    def refine(self, hidden_states: Tensor, reference_points: Tensor, **layer_inputs: Any) -> dict[str, Any]:
         """Run all layers.
 
         Args:
@@ -41,7 +44,6 @@ class RefiningLoop:
             The fields of the host's decoder output: hidden states, boxes and class logits, ``(B, L, Q, …)`` each.
         """
         reference = reference_points.sigmoid()
-        record, state = None, None
         hidden, boxes, class_logits = [], [], []
         for index, layer in enumerate(self.layers):
             hidden_states = layer(
@@ -50,7 +52,7 @@ class RefiningLoop:
                 reference_points=reference.unsqueeze(2),
                 **layer_inputs,
             )
-            if state is None:
+            if index == 0:
                 initial_boxes = locate_initial_boxes(self.bbox_embed[0](hidden_states), reference)
                 state = self.fdr.start(initial_boxes)
                 record = FDRRecord(self.fdr.weights, initial_boxes)
@@ -86,7 +88,7 @@ class FDRRTDetrDecoder(RefiningLoop, modeling_rt_detr.RTDetrDecoder):
 
     @modeling_rt_detr.merge_with_config_defaults
     @modeling_rt_detr.capture_outputs
-    def forward(self, inputs_embeds=None, reference_points=None, **kwargs):  # type: ignore[no-untyped-def]
+    def forward(self, inputs_embeds=None, reference_points=None, **kwargs):
         outputs = self.refine(inputs_embeds, reference_points, **kwargs)
         return modeling_rt_detr.RTDetrDecoderOutput(**outputs)
 
@@ -96,7 +98,7 @@ class FDRRTDetrV2Decoder(RefiningLoop, modeling_rt_detr_v2.RTDetrV2Decoder):
 
     @modeling_rt_detr_v2.merge_with_config_defaults
     @modeling_rt_detr_v2.capture_outputs
-    def forward(self, inputs_embeds=None, reference_points=None, **kwargs):  # type: ignore[no-untyped-def]
+    def forward(self, inputs_embeds=None, reference_points=None, **kwargs):
         outputs = self.refine(inputs_embeds, reference_points, **kwargs)
         return modeling_rt_detr_v2.RTDetrV2DecoderOutput(**outputs)
 
@@ -134,6 +136,7 @@ class RTDetrGOLSDLoss:
         num_denoising = denoising_meta_values["dn_num_split"][0] if denoising_meta_values is not None else 0
         denoising, queries = slice(0, num_denoising), slice(num_denoising, None)
         matched = record.queries(queries)
+        assert matched.initial_logits is not None  # this decoder computes the class logits itself
 
         layers = [
             common.prediction_set(outputs_class[:, i, queries], outputs_coord[:, i, queries]) for i in range(num_layers)
@@ -149,6 +152,7 @@ class RTDetrGOLSDLoss:
         rename = {f"_aux_{len(auxiliary)}": "_pre"}
         if denoising_meta_values is not None and config.auxiliary_loss:
             own = record.queries(denoising)
+            assert own.initial_logits is not None
             noisy = [
                 common.prediction_set(outputs_class[:, i, denoising], outputs_coord[:, i, denoising])
                 for i in range(num_layers)
@@ -172,7 +176,7 @@ class RTDetrGOLSDLoss:
         check_finite(losses)
         for parameter in current_scope().idle:
             losses["loss_bbox"] = losses["loss_bbox"] + 0 * parameter.sum()
-        return sum(losses.values()), losses, auxiliary or None
+        return torch.stack([*losses.values()]).sum(), losses, auxiliary or None
 
     def _add(self, losses: dict[str, Tensor], fgl: list[Tensor], ddf: list[Tensor], suffixes: list[str]) -> None:
         for suffix, term in zip(suffixes, fgl, strict=True):
@@ -188,7 +192,7 @@ class RTDetrGOLSDLoss:
 class RTDetrAdapter(common.TransformersAdapter):
     """RT-DETR and RT-DETRv2."""
 
-    decoder_classes: ClassVar = {
+    decoder_classes: ClassVar[dict[type[nn.Module], type[nn.Module]]] = {
         modeling_rt_detr.RTDetrDecoder: FDRRTDetrDecoder,
         modeling_rt_detr_v2.RTDetrV2Decoder: FDRRTDetrV2Decoder,
     }
@@ -196,19 +200,19 @@ class RTDetrAdapter(common.TransformersAdapter):
     def make_loss(self, config: FDRConfig) -> RTDetrGOLSDLoss:
         return RTDetrGOLSDLoss(config)
 
-    def attach_heads(self, model: PreTrainedModel, config: FDRConfig, retired: common.Retired) -> None:
+    def attach_heads(self, model: common.Host, config: FDRConfig, retired: common.Retired) -> None:
         later = range(1, len(model.model.decoder.layers))
         common.retire(model, [f"model.decoder.bbox_embed.{i}" for i in later], retired)
         if hasattr(model, "bbox_embed"):  # RT-DETRv2 declares every head a second time
             common.retire(model, [f"bbox_embed.{i}" for i in later], retired)
 
-    def begin(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def begin(self, model: common.Host, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         labels = super().begin(model, args, kwargs)
         embedding = getattr(model.model, "denoising_class_embed", None)
         if model.training and embedding is not None and labels and not any(len(t["boxes"]) for t in labels):
             current_scope().idle.append(embedding.weight)  # without a truth the host makes no denoising queries
 
-    def deploy(self, model: PreTrainedModel) -> None:
+    def deploy(self, model: common.Host) -> None:
         super().deploy(model)
         class_heads = model.model.decoder.class_embed
         for index in range(len(class_heads) - 1):

@@ -24,7 +24,7 @@ def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
 
 def straight_through_clamp(x: Tensor, minimum: float | None = None, maximum: float | None = None) -> Tensor:
     """Clamp the value, pass the gradient as if nothing had been clamped: what fell out can be pulled back."""
-    return x + (x.clamp(minimum, maximum) - x).detach()
+    return x.clamp(minimum, maximum).detach() + (x - x.detach())
 
 
 def to_corners(boxes: Tensor) -> Tensor:
@@ -62,8 +62,8 @@ def encode_boxes(initial_boxes: Tensor, target_boxes: Tensor, weights: Tensor) -
     """The two bins, and their weights, that would carry each edge of an initial box to the true edge (D-FINE, eq. 3).
 
     phi, the offset wanted in initial-box sides, lies between the bins ``left`` and ``left + 1``; the weights
-    interpolate linearly in W, ``left_weight W(left) + right_weight W(left + 1) = phi``, and sum to 1. Beyond the range of W all
-    weight is on the end bin.
+    interpolate linearly in W, ``left_weight W(left) + right_weight W(left + 1) = phi``, and sum to 1. Beyond the range
+    of W all weight is on the end bin.
 
     Args:
         initial_boxes: ``(M, 4)`` cxcywh.

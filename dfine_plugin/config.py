@@ -2,13 +2,12 @@
 
 import dataclasses
 import json
-import math
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from .weighting import check_bins, uniform_bins, weighting_function
+from .weighting import check_bins, check_number, uniform_bins, weighting_function
 
 VERSION = 1
 
@@ -49,12 +48,9 @@ class FDRConfig:
         check_bins(self.num_bins, self.a, self.c)
         if self.weighting not in ("nonuniform", "uniform"):
             raise ValueError(f"weighting must be 'nonuniform' or 'uniform', got {self.weighting!r}")
-        if not (math.isfinite(self.temperature) and self.temperature > 0):
-            raise ValueError(f"temperature must be a finite number above 0, got {self.temperature!r}")
-        for name in ("fgl_weight", "ddf_weight"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
+        check_number("temperature", self.temperature, above=0)
+        check_number("fgl_weight", self.fgl_weight, least=0)
+        check_number("ddf_weight", self.ddf_weight, least=0)
         for name in ("union", "ddf", "lqe", "box_refinement"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")

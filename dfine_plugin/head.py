@@ -128,14 +128,14 @@ class FDRHead(nn.Module):
             return None
         peaks = corner_logits.softmax(-1).topk(QUALITY_TOP_K, dim=-1).values
         shape = torch.cat([peaks, peaks.mean(-1, keepdim=True)], dim=-1).flatten(-2)
-        return mlp(shape.to(mlp[0].weight.dtype))
+        return mlp(shape.to(next(mlp.parameters()).dtype))
 
     def deploy(self) -> None:
         """Drop what only training uses: the quality estimates of all layers but the last."""
         for layer in range(len(self.quality) - 1):
             self.quality[layer] = nn.Identity()
 
-    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+    def _apply(self, fn, recurse=True):
         # W decides where boxes lie to a fraction of a pixel: it follows the device, never a cast to half precision
         super()._apply(fn, recurse)
         if self.weights.device.type != "meta":

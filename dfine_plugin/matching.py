@@ -32,26 +32,22 @@ def union_matching(sets: Sequence[Pairs]) -> Pairs:
     if any(len(images) != num_images for images in sets):
         raise ValueError(f"the sets hold matches for {[len(images) for images in sets]} images; they must agree")
     flat = [(image, queries, truths) for images in sets for image, (queries, truths) in enumerate(images)]
-    if not flat:
-        return []
+    if not sum(len(queries) for _, queries, _ in flat):
+        return list(sets[0])
     queries = torch.cat([q for _, q, _ in flat])
     truths = torch.cat([t for _, _, t in flat])
     image = torch.cat([torch.full_like(q, i) for i, q, _ in flat])
-    if not len(queries):
-        return [(queries, truths)] * num_images
 
-    pairs, counts = torch.unique(torch.stack([image, queries, truths]), dim=1, return_counts=True)
-    # unique sorts by image, query and truth; a stable sort by descending count, then by query, leaves each query's most
-    # frequent and, among those, lowest truth first
-    order = torch.argsort(counts, descending=True, stable=True)
-    order = order[torch.argsort(pairs[1, order], stable=True)]
-    order = order[torch.argsort(pairs[0, order], stable=True)]
-    pairs = pairs[:, order]
-    first = torch.ones_like(pairs[0], dtype=torch.bool)
-    first[1:] = (pairs[:2, 1:] != pairs[:2, :-1]).any(0)
-    image, queries, truths = pairs[:, first]
-    sizes = torch.bincount(image, minlength=num_images).tolist()
-    return list(zip(queries.split(sizes), truths.split(sizes), strict=True))
+    # One integer a pair counts the pairs by one sort. Then one integer a vote, the higher the more frequent and, among
+    # equals, the lower the truth, elects each query's truth by a maximum.
+    num_queries, num_truths = queries.max() + 1, truths.max() + 1
+    pairs, counts = torch.unique((image * num_queries + queries) * num_truths + truths, return_counts=True)
+    voters, voter = torch.unique_consecutive(pairs // num_truths, return_inverse=True)
+    votes = counts * num_truths + (num_truths - 1 - pairs % num_truths)
+    elected = torch.zeros_like(voters).scatter_reduce_(0, voter, votes, "amax")
+    truths = num_truths - 1 - elected % num_truths
+    sizes = torch.bincount(voters // num_queries, minlength=num_images).tolist()
+    return list(zip((voters % num_queries).split(sizes), truths.split(sizes), strict=True))
 
 
 class GOLSDMatcher(nn.Module):

@@ -1,0 +1,72 @@
+"""What users import, and what importing it costs."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import subprocess
+import sys
+
+import pytest
+
+import dfine_plugin
+
+NAMES = [
+    "FDRConfig",
+    "wrap_decoder",
+    "unwrap_decoder",
+    "deploy",
+    "FDRHead",
+    "weighting_function",
+    "decode_boxes",
+    "encode_boxes",
+    "fgl_loss",
+    "ddf_loss",
+    "union_matching",
+    "GOLSDMatcher",
+]
+PARAMETERS = {
+    "wrap_decoder": ["model", "config"],
+    "deploy": ["model"],
+    "weighting_function": ["num_bins", "a", "c"],
+    "decode_boxes": ["initial_boxes", "logits", "weights"],
+    "encode_boxes": ["initial_boxes", "target_boxes", "weights"],
+    "fgl_loss": ["logits", "initial_boxes", "target_boxes", "iou", "weights", "num_boxes"],
+    "ddf_loss": ["student", "teacher", "matched", "quality", "temperature"],
+}
+HOSTS = ["transformers", "detectron2", "detrex", "torchvision", "pycocotools"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_name_is_there_and_documented(name: str) -> None:
+    """Every promised name is importable, listed in __all__ and says what it is."""
+    assert name in dfine_plugin.__all__
+    value = getattr(dfine_plugin, name)
+    assert value.__doc__
+    assert not value.__doc__.startswith(f"{name}(")  # what dataclass writes when nobody did
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameters_keep_their_names(name: str) -> None:
+    """The leading parameters are the promised ones, in order."""
+    actual = list(inspect.signature(getattr(dfine_plugin, name)).parameters)
+    assert actual[: len(PARAMETERS[name])] == PARAMETERS[name]
+
+
+def test_everything_public_is_documented() -> None:
+    """Whatever else __all__ lists exists, and every function and class of it has a docstring."""
+    for name in dfine_plugin.__all__:
+        value = getattr(dfine_plugin, name)
+        if inspect.isfunction(value) or inspect.isclass(value):
+            assert inspect.getdoc(value), name
+        if inspect.isclass(value) and value.__module__.startswith("dfine_plugin"):
+            for method_name, method in vars(value).items():
+                if inspect.isfunction(method) and not method_name.startswith("_"):
+                    assert inspect.getdoc(method), f"{name}.{method_name}"
+
+
+def test_importing_loads_no_host() -> None:
+    """A fresh interpreter that imports the package has loaded none of the hosts."""
+    code = f"import json, sys, dfine_plugin\nprint(json.dumps([name for name in {HOSTS!r} if name in sys.modules]))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(result.stdout.splitlines()[-1]) == []
