@@ -1,0 +1,130 @@
+"""What FDR and GO-LSD bring: trains a DETR and its wrapped twins on the same data and compares them.
+
+    python -m dfine_plugin.benchmarks.ablation                       # about ten minutes on two cores
+    python -m dfine_plugin.benchmarks.ablation --long                # ten seeds
+    python -m dfine_plugin.benchmarks.ablation --data FOLDER --tune-lr
+    torchrun --nproc-per-node 8 -m dfine_plugin.benchmarks.ablation --device cuda
+
+Stop it at any time: the same command goes on from the runs that have finished.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from dfine_plugin.benchmarks.hosts import HOSTS
+from dfine_plugin.benchmarks.report import closing_lines, figures, markdown
+from dfine_plugin.benchmarks.runs import RunSettings, write_json
+from dfine_plugin.benchmarks.scheduling import run_all
+from dfine_plugin.benchmarks.variants import BASELINE, DEFAULT_VARIANTS, parse_variants
+
+LONG_SEEDS = 10
+# The learning rate is tuned with a seed that no comparison uses, as factors of the host's own.
+TUNING_SEED = 1000
+TUNING_FACTORS = (0.25, 0.5, 1.0, 2.0)
+
+
+def tune_learning_rate(settings: RunSettings, folder: Path, jobs: int, console: Console) -> dict[str, Any]:
+    """The baseline's AP at each learning rate of a small grid, and the best: tuned on the baseline alone."""
+    candidates = [
+        replace(settings, variant=BASELINE, seed=TUNING_SEED, learning_rate=settings.learning_rate * factor)
+        for factor in TUNING_FACTORS
+    ]
+    results, failures = run_all(candidates, folder, jobs, console)
+    ap = {result["settings"]["learning_rate"]: result["final"]["AP"] for result in results}
+    if not ap:
+        raise RuntimeError(f"no learning rate trained the baseline: {failures}")
+    return {"seed": TUNING_SEED, "ap": ap, "failures": failures, "chosen": max(ap, key=lambda rate: ap[rate])}
+
+
+def main(
+    host: Annotated[str, typer.Option(help=f"one of {', '.join(HOSTS)}")] = "rt-detr",
+    data: Annotated[str, typer.Option(help="'shapes', or a folder with a COCO-format data set")] = "shapes",
+    variants: Annotated[str, typer.Option(help="rows parted by blanks, such as 'baseline fdr N=16 a=0.25,c=0.5'")] = (
+        DEFAULT_VARIANTS
+    ),
+    seeds: Annotated[int, typer.Option(min=1)] = 3,
+    steps: Annotated[int, typer.Option(min=1)] = 400,
+    batch_size: Annotated[int, typer.Option(min=1, help="images a step and process")] = 16,
+    image_size: Annotated[int, typer.Option(min=32)] = 96,
+    lr: Annotated[float | None, typer.Option(help="learning rate; default: the host's")] = None,
+    tune_lr: Annotated[bool, typer.Option("--tune-lr", help="tune the rate on the baseline alone first")] = False,
+    clip_norm: Annotated[float | None, typer.Option(help="gradient clipping; default: the host's")] = None,
+    train_images: Annotated[int, typer.Option(min=1, help="of the shapes")] = 4000,
+    val_images: Annotated[int, typer.Option(min=1, help="of the shapes")] = 500,
+    long: Annotated[bool, typer.Option("--long", help=f"at least {LONG_SEEDS} seeds")] = False,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    jobs: Annotated[int | None, typer.Option(help="processes at a time; default: the number of cores")] = None,
+    output: Annotated[Path, typer.Option(help="folder for runs, table, figures and plots")] = Path("ablation"),
+) -> None:
+    """Train the baseline and its wrapped twins, and print what the wrap brings with its 95 % interval."""
+    console = Console()
+    if host not in HOSTS:
+        raise typer.BadParameter(f"{host!r} is not one of {', '.join(HOSTS)}", param_hint="--host")
+    try:
+        rows = parse_variants(variants)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--variants") from error
+    settings = RunSettings(
+        host=host,
+        variant=BASELINE,
+        seed=0,
+        data=data,
+        image_size=image_size,
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=lr or HOSTS[host].learning_rate,
+        clip_norm=clip_norm or HOSTS[host].clip_norm,
+        train_images=train_images,
+        val_images=val_images,
+        device=device,
+    )
+    jobs = jobs or (os.cpu_count() or 1 if device == "cpu" else 1)
+    tuning = None
+    if tune_lr:
+        tuning = tune_learning_rate(settings, output / "runs", jobs, console)
+        console.print(f"learning rate {tuning['chosen']:g} is the baseline's best of {tuning['ap']}")
+        settings = replace(settings, learning_rate=tuning["chosen"])
+    count = max(seeds, LONG_SEEDS) if long else seeds
+    # Seed by seed, so that a comparison that is stopped holds whole pairs.
+    runs = [replace(settings, variant=row, seed=seed) for seed in range(count) for row in rows]
+    results, failures = run_all(runs, output / "runs", jobs, console)
+    if os.environ.get("RANK", "0") != "0":
+        return
+    if results:
+        write_report(results, failures, tuning, output, console)
+    for failure in failures:
+        console.print(f"failed: {failure}", markup=False)
+    if failures:
+        raise typer.Exit(1)
+
+
+def write_report(
+    results: list[dict[str, Any]], failures: list[str], tuning: dict[str, Any] | None, output: Path, console: Console
+) -> None:
+    """Write table, figures and plots to `output`, print the table and, last, the gains with their intervals."""
+    from dfine_plugin.benchmarks.plots import plot_ap_over_steps, plot_ap_per_threshold
+
+    command = shlex.join(["python", "-m", "dfine_plugin.benchmarks.ablation", *sys.argv[1:]])
+    table = markdown(results, failures)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "ablation.md").write_text(table)
+    write_json(output / "ablation.json", figures(results, command, tuning, failures))
+    plot_ap_over_steps(results, output / "ap_over_steps.png")
+    plot_ap_per_threshold(results, output / "ap_per_threshold.png")
+    console.print(table.rsplit("\n\n", 1)[0], markup=False, soft_wrap=True)
+    console.print(f"\nwritten to {output}: ablation.md, ablation.json, ap_over_steps.png, ap_per_threshold.png")
+    for line in closing_lines(results):
+        console.print(line, markup=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)

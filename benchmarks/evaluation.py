@@ -1,0 +1,86 @@
+"""COCO metrics of a detector on data in memory, by pycocotools."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from typing import Any
+
+import numpy as np
+import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch import Tensor, nn
+
+from dfine_plugin.benchmarks.detection_data import DetectionData, normalise
+
+MAX_DETECTIONS = 100
+IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
+
+
+def top_detections(logits: Tensor, boxes: Tensor, k: int = MAX_DETECTIONS) -> tuple[Tensor, Tensor, Tensor]:
+    """The k best of queries x classes, as DETRs with sigmoid classes are read out.
+
+    logits (B, Q, C), boxes (B, Q, 4) -> scores (B, k), labels (B, k), boxes (B, k, 4), best first.
+    """
+    classes = logits.shape[-1]
+    scores, index = logits.sigmoid().flatten(1).topk(min(k, logits.shape[1] * classes), dim=1)
+    query = index // classes
+    return scores, index % classes, boxes.gather(1, query[..., None].expand(-1, -1, 4))
+
+
+@torch.no_grad()
+def detect(model: nn.Module, data: DetectionData, batch_size: int, device: torch.device) -> np.ndarray:
+    """(D, 7) float64: image id, x, y, w, h in pixels of the original image, score, category id."""
+    was_training = model.training
+    model.eval()
+    sizes, categories, image_ids = data.original_sizes(), torch.tensor(data.category_ids), torch.tensor(data.image_ids)
+    rows = []
+    for start in range(0, len(data), batch_size):
+        part = slice(start, start + batch_size)
+        output = model(pixel_values=normalise(data.images[part].to(device)))
+        scores, labels, boxes = (t.cpu() for t in top_detections(output.logits.float(), output.pred_boxes.float()))
+        boxes = boxes * sizes[part, None]
+        corner = boxes[..., :2] - boxes[..., 2:] / 2
+        ids = image_ids[part, None].expand_as(scores)
+        columns = [ids[..., None], corner, boxes[..., 2:], scores[..., None], categories[labels][..., None]]
+        rows.append(torch.cat([column.double() for column in columns], dim=-1).flatten(0, 1))
+    model.train(was_training)
+    return torch.cat(rows).numpy()
+
+
+def coco_metrics(detections: np.ndarray, data: DetectionData) -> dict[str, Any]:
+    """AP, AP50, AP75, AP90, APs, APm, APl in percent (None where the data has no such object) and AP per threshold.
+
+    detections as of `detect`. Where the data names other sides for small and large objects than COCO's 32 and 96
+    pixels, these part APs, APm and APl.
+    """
+    # pycocotools prints what it does; a benchmark of hundreds of evaluations cannot have that.
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO()
+        truth.dataset = {"info": {}, **data.coco}
+        truth.createIndex()
+        evaluation = COCOeval(truth, truth.loadRes(detections), "bbox")
+        small, large = (side**2 for side in data.sides)
+        evaluation.params.areaRng = [[0, 1e10], [0, small], [small, large], [large, 1e10]]
+        evaluation.params.maxDets = [MAX_DETECTIONS]
+        evaluation.params.iouThrs = IOU_THRESHOLDS
+        evaluation.evaluate()
+        evaluation.accumulate()
+    precision = evaluation.eval["precision"][..., 0]  # thresholds, recalls, classes, areas
+
+    def mean(values: np.ndarray) -> float | None:
+        known = values[values > -1]
+        return float(known.mean()) * 100 if known.size else None
+
+    by_threshold = [mean(precision[t, :, :, 0]) for t in range(len(IOU_THRESHOLDS))]
+    return {
+        "AP": mean(precision[..., 0]),
+        "AP50": by_threshold[0],
+        "AP75": by_threshold[5],
+        "AP90": by_threshold[8],
+        "APs": mean(precision[..., 1]),
+        "APm": mean(precision[..., 2]),
+        "APl": mean(precision[..., 3]),
+        "by_threshold": by_threshold,
+    }

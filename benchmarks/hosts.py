@@ -1,0 +1,158 @@
+"""Tiny detectors to train from scratch: real host classes with small configurations, by name.
+
+A host to come (`detrex/dino`) is one more builder under `@host`. A builder returns a model that takes `pixel_values`
+(B, 3, H, W) and `labels` and returns `loss`, `loss_dict`, `logits` (B, Q, classes), `pred_boxes` (B, Q, 4).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Host:
+    """A builder (class names -> model) with the settings its family is trained with."""
+
+    build: Callable[[list[str]], nn.Module]
+    learning_rate: float  # where --tune-lr starts from, and what is used without it
+    clip_norm: float = 0.1
+
+
+HOSTS: dict[str, Host] = {}
+
+Builder = Callable[[list[str]], nn.Module]
+
+
+def host(name: str, learning_rate: float) -> Callable[[Builder], Builder]:
+    """Register the decorated builder under `name`."""
+
+    def register(build: Builder) -> Builder:
+        HOSTS[name] = Host(build, learning_rate)
+        return build
+
+    return register
+
+
+def build_host(name: str, class_names: list[str]) -> nn.Module:
+    """The host `name` with fresh weights from torch's global generator, made fit for training from scratch."""
+    if name not in HOSTS:
+        raise ValueError(f"unknown host {name!r}; known are {', '.join(HOSTS)}")
+    model = HOSTS[name].build(class_names)
+    make_trainable_from_scratch(model)
+    return model
+
+
+def make_trainable_from_scratch(model: nn.Module, prior: float = 0.01) -> None:
+    """Undo what transformers' hosts do for the sake of pretrained weights. Done before the wrap: alike for both.
+
+    - BatchNorm weights are drawn from N(0, 0.01) by RT-DETR: 1 instead.
+    - Deformable-DETR freezes the backbone's BatchNorm and convolutions: both train.
+    - Deformable-DETR's class bias starts at 0, so that every query is a candidate: the focal loss's prior instead.
+    """
+    from transformers.models.deformable_detr.modeling_deformable_detr import DeformableDetrFrozenBatchNorm2d
+
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, DeformableDetrFrozenBatchNorm2d):
+                setattr(parent, name, nn.BatchNorm2d(len(child.weight)))
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+    model.requires_grad_(True)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and ("class_embed" in name or "enc_score_head" in name):
+            nn.init.constant_(module.bias, math.log(prior / (1 - prior)))
+
+
+def _labels(class_names: list[str]) -> dict[str, Any]:
+    """Class names in the two directions that a transformers config wants."""
+    return {
+        "id2label": dict(enumerate(class_names)),
+        "label2id": {name: index for index, name in enumerate(class_names)},
+    }
+
+
+_RESNET: dict[str, Any] = {
+    "embedding_size": 16,
+    "hidden_sizes": [16, 32, 64, 128],
+    "depths": [1, 1, 1, 1],
+    "layer_type": "basic",
+    "out_features": ["stage2", "stage3", "stage4"],
+}
+
+_RT_DETR: dict[str, Any] = {
+    "encoder_in_channels": [32, 64, 128],
+    "encoder_hidden_dim": 64,
+    "encoder_ffn_dim": 128,
+    "encoder_attention_heads": 4,
+    "hidden_expansion": 0.5,
+    "d_model": 64,
+    "decoder_in_channels": [64, 64, 64],
+    "decoder_ffn_dim": 128,
+    "decoder_layers": 3,
+    "decoder_attention_heads": 4,
+    "num_queries": 30,
+    "num_denoising": 20,
+    "freeze_backbone_batch_norms": False,
+}
+
+
+@host("rt-detr", learning_rate=2e-3)
+def rt_detr(class_names: list[str]) -> nn.Module:
+    """RT-DETR, 0.8 M parameters: ResNet of one basic block a stage, three decoder layers, 30 queries."""
+    from transformers import RTDetrConfig, RTDetrForObjectDetection, RTDetrResNetConfig
+
+    config = RTDetrConfig(backbone_config=RTDetrResNetConfig(**_RESNET), **_RT_DETR, **_labels(class_names))
+    return RTDetrForObjectDetection(config)
+
+
+@host("rt-detr-v2", learning_rate=2e-3)
+def rt_detr_v2(class_names: list[str]) -> nn.Module:
+    """RT-DETRv2, the same sizes."""
+    from transformers import RTDetrResNetConfig, RTDetrV2Config, RTDetrV2ForObjectDetection
+
+    config = RTDetrV2Config(backbone_config=RTDetrResNetConfig(**_RESNET), **_RT_DETR, **_labels(class_names))
+    return RTDetrV2ForObjectDetection(config)
+
+
+def _deformable_detr(class_names: list[str], two_stage: bool) -> nn.Module:
+    from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection, ResNetConfig
+
+    config = DeformableDetrConfig(
+        backbone_config=ResNetConfig(**_RESNET),
+        d_model=64,
+        num_feature_levels=3,
+        encoder_layers=1,
+        encoder_ffn_dim=128,
+        encoder_attention_heads=4,
+        decoder_layers=3,
+        decoder_ffn_dim=128,
+        decoder_attention_heads=4,
+        num_queries=30,
+        two_stage_num_proposals=30,
+        two_stage=two_stage,
+        with_box_refine=True,
+        auxiliary_loss=True,
+        # A model of this size underfits: dropout would cost accuracy, and randomness.
+        dropout=0.0,
+        **_labels(class_names),
+    )
+    return DeformableDetrForObjectDetection(config)
+
+
+@host("deformable-detr", learning_rate=1e-3)
+def deformable_detr(class_names: list[str]) -> nn.Module:
+    """Deformable-DETR with iterative box refinement, one stage: learned queries, no denoising."""
+    return _deformable_detr(class_names, two_stage=False)
+
+
+@host("deformable-detr-two-stage", learning_rate=1e-3)
+def deformable_detr_two_stage(class_names: list[str]) -> nn.Module:
+    """The two-stage form, whose proposals transformers does not supervise."""
+    return _deformable_detr(class_names, two_stage=True)

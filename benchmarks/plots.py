@@ -1,0 +1,71 @@
+"""The ablation's two pictures: AP over steps, and AP per IoU threshold, each with the seeds' spread."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+from dfine_plugin.benchmarks.evaluation import IOU_THRESHOLDS
+from dfine_plugin.benchmarks.report import variants_of
+from dfine_plugin.benchmarks.runs import Result
+from dfine_plugin.benchmarks.variants import BASELINE
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+
+def _band(axes: Axes, x: np.ndarray, runs: np.ndarray, label: str) -> None:
+    """The mean of `runs` (seeds, points) with a band of one standard deviation on each side."""
+    mean, spread = runs.mean(axis=0), runs.std(axis=0, ddof=1 if len(runs) > 1 else 0)
+    (line,) = axes.plot(x, mean, marker="o", markersize=3, label=label)
+    axes.fill_between(x, mean - spread, mean + spread, color=line.get_color(), alpha=0.15, linewidth=0)
+
+
+def plot_ap_over_steps(results: Sequence[Result], path: Path) -> None:
+    """AP of the EMA weights at the evaluations of the schedule."""
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for variant in variants_of(results):
+        curves = [r["curve"] for r in results if r["settings"]["variant"] == variant]
+        steps = np.array([point["step"] for point in curves[0]])
+        _band(axes, steps, np.array([[point["AP"] for point in curve] for curve in curves]), variant)
+    axes.set(xlabel="steps", ylabel="AP", title=_title(results))
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def plot_ap_per_threshold(results: Sequence[Result], path: Path) -> None:
+    """Final AP per IoU threshold, and below it the paired difference to the baseline."""
+    figure, (top, bottom) = plt.subplots(2, figsize=(6, 6), sharex=True, layout="constrained")
+    thresholds = {
+        variant: {
+            r["settings"]["seed"]: np.array(r["final"]["by_threshold"], dtype=float)
+            for r in results
+            if r["settings"]["variant"] == variant
+        }
+        for variant in variants_of(results)
+    }
+    baseline = thresholds.get(BASELINE, {})
+    for variant, runs in thresholds.items():
+        _band(top, IOU_THRESHOLDS, np.array(list(runs.values())), variant)
+        common = sorted(runs.keys() & baseline.keys())
+        if common:
+            _band(bottom, IOU_THRESHOLDS, np.array([runs[seed] - baseline[seed] for seed in common]), variant)
+    top.set(ylabel="AP at the threshold", title=_title(results))
+    bottom.set(xlabel="IoU threshold", ylabel="difference to the baseline")
+    top.legend()
+    for axes in (top, bottom):
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _title(results: Sequence[Result]) -> str:
+    settings = results[0]["settings"]
+    seeds = len({r["settings"]["seed"] for r in results})
+    return f"{settings['host']} on {Path(settings['data']).name}, {seeds} seeds, band: one standard deviation"

@@ -1,0 +1,180 @@
+"""The ablation's outcome: table, closing line and figures, from the results of its runs.
+
+Two tables. *Equal steps* compares the final metrics. *Equal time* reads each wrapped run's AP at the moment when the
+baseline of the same seed had finished, on the line between its evaluations, and compares that with the baseline's
+final AP. This is hard on a wrapped run that is slower: it is read within its schedule, before the learning rate has
+come down, where a schedule cut to the shorter time would do better. It can understate a gain, never make one. A
+wrapped run that is faster is read at its end.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+
+from dfine_plugin.benchmarks.paired import PairedDifference, mean_and_spread, paired_difference
+from dfine_plugin.benchmarks.runs import Result
+from dfine_plugin.benchmarks.variants import BASELINE
+
+NONE = "-"  # a cell without a figure
+METRICS = ("AP", "AP50", "AP75", "AP90", "APs", "APm", "APl")
+
+
+def by_seed(results: Sequence[Result], variant: str, metric: str) -> dict[int, float]:
+    """The final `metric` of the variant's finished runs, by seed."""
+    runs = (r for r in results if r["settings"]["variant"] == variant)
+    return {r["settings"]["seed"]: r["final"][metric] for r in runs if r["final"][metric] is not None}
+
+
+def ap_at_equal_time(results: Sequence[Result], variant: str) -> dict[int, float]:
+    """By seed, the variant's AP when the baseline of that seed had finished training (see the module's docstring)."""
+    end = {r["settings"]["seed"]: r["seconds"] for r in results if r["settings"]["variant"] == BASELINE}
+    return {
+        r["settings"]["seed"]: float(
+            np.interp(
+                end[r["settings"]["seed"]],
+                [0.0, *(point["seconds"] for point in r["curve"])],
+                [0.0, *(point["AP"] for point in r["curve"])],
+            )
+        )
+        for r in results
+        if r["settings"]["variant"] == variant and r["settings"]["seed"] in end
+    }
+
+
+def gain(results: Sequence[Result], variant: str, metric: str = "AP") -> PairedDifference | None:
+    """The paired difference of `variant` to the baseline at equal steps."""
+    return paired_difference(by_seed(results, variant, metric), by_seed(results, BASELINE, metric))
+
+
+def gain_at_equal_time(results: Sequence[Result], variant: str) -> PairedDifference | None:
+    """The paired difference in AP of `variant` to the baseline at equal training time."""
+    return paired_difference(ap_at_equal_time(results, variant), by_seed(results, BASELINE, "AP"))
+
+
+def variants_of(results: Sequence[Result]) -> list[str]:
+    """The variants with a finished run, in the order of the results."""
+    return list(dict.fromkeys(r["settings"]["variant"] for r in results))
+
+
+def _figure(values: dict[int, float]) -> str:
+    if not values:
+        return NONE
+    mean, spread = mean_and_spread(list(values.values()))
+    return f"{mean:.1f} ± {spread:.1f}" if len(values) > 1 else f"{mean:.1f}"
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _header(cells: Sequence[str]) -> list[str]:
+    return [_row(cells), _row(["---"] * len(cells))]
+
+
+def markdown(results: Sequence[Result], failures: Sequence[str] = ()) -> str:
+    """The report as Markdown: equal steps, gains at every metric, equal time, every seed, how it was made."""
+    settings = results[0]["settings"]
+    variants = variants_of(results)
+    lines = [f"## {settings['host']} on {Path(settings['data']).name}", ""]
+    lines += [
+        f"{settings['steps']} steps of batch {settings['batch_size']}, {settings['image_size']} px, learning rate "
+        f"{settings['learning_rate']:g}, EMA weights. Mean ± standard deviation over the seeds; gain: paired "
+        "difference to the baseline with its 95 % Student-t interval.",
+        "",
+        "### Equal steps",
+        "",
+        *_header(["variant", "seeds", *METRICS, "params", "s/step", "gain in AP"]),
+    ]
+    for variant in variants:
+        runs = [r for r in results if r["settings"]["variant"] == variant]
+        lines.append(
+            _row(
+                [
+                    variant,
+                    str(len(runs)),
+                    *(_figure(by_seed(results, variant, metric)) for metric in METRICS),
+                    f"{runs[0]['parameters'] / 1e6:.3f} M",
+                    f"{median(r['seconds_per_step'] for r in runs):.3f}",
+                    "" if variant == BASELINE else str(gain(results, variant) or NONE),
+                ]
+            )
+        )
+    compared = [v for v in variants if v != BASELINE and gain(results, v)]
+    if compared:
+        lines += ["", "### Gain by metric, equal steps", "", *_header(["variant", *METRICS])]
+        lines += [_row([v, *(str(gain(results, v, metric) or NONE) for metric in METRICS)]) for v in compared]
+        lines += ["", "### Equal time", "", *_header(["variant", "AP when the baseline had finished", "gain in AP"])]
+        lines += [
+            _row([v, _figure(ap_at_equal_time(results, v)), str(gain_at_equal_time(results, v))]) for v in compared
+        ]
+    lines += ["", "### AP of every seed", "", *_header(["seed", *variants])]
+    for seed in sorted({r["settings"]["seed"] for r in results}):
+        values = (by_seed(results, v, "AP").get(seed) for v in variants)
+        lines.append(_row([str(seed), *(NONE if value is None else f"{value:.2f}" for value in values)]))
+    if failures:
+        lines += ["", "### Failed runs", "", *(f"- {failure}" for failure in failures)]
+    if len({r["code"] for r in results}) > 1:
+        lines += ["", "These runs were made with different states of the plugin's code."]
+    lines += ["", *closing_lines(results), ""]
+    return "\n".join(lines)
+
+
+def closing_lines(results: Sequence[Result]) -> list[str]:
+    """One sentence a variant: its gain with the interval, and whether that excludes zero."""
+    lines = []
+    for variant in variants_of(results):
+        difference = gain(results, variant)
+        if variant == BASELINE or difference is None:
+            continue
+        seeds = len(difference.differences)
+        if difference.half_width is None:
+            verdict = "one seed gives no interval: this says nothing about a gain"
+        elif difference.excludes_zero:
+            verdict = "the 95 % interval excludes zero: a " + ("gain" if difference.mean > 0 else "LOSS")
+        else:
+            verdict = "the 95 % interval includes zero: no gain is shown"
+        lines.append(f"{variant}: AP {difference} over {seeds} paired seed{'s' * (seeds > 1)}; {verdict}.")
+    return lines
+
+
+def figures(results: Sequence[Result], command: str, tuning: dict[str, Any] | None, failures: Sequence[str]) -> Result:
+    """All that the run found and how, ready for JSON."""
+    summary = {}
+    for variant in variants_of(results):
+        differences = {metric: gain(results, variant, metric) for metric in METRICS}
+        summary[variant] = {
+            "metrics": {metric: by_seed(results, variant, metric) for metric in METRICS},
+            "gain": {
+                metric: {"mean": d.mean, "half_width": d.half_width, "excludes_zero": d.excludes_zero}
+                for metric, d in differences.items()
+                if d is not None and variant != BASELINE
+            },
+            "ap_at_equal_time": ap_at_equal_time(results, variant),
+        }
+    return {
+        "command": command,
+        "versions": {name: version(name) for name in ("dfine-plugin", "torch", "transformers", "pycocotools")},
+        "machine": {"cpu": cpu_model(), "python": platform.python_version(), "threads": torch.get_num_threads()},
+        "learning_rate_tuning": tuning,
+        "summary": summary,
+        "failures": list(failures),
+        "runs": list(results),
+    }
+
+
+def cpu_model() -> str:
+    """The CPU's own name where the system tells it."""
+    information = Path("/proc/cpuinfo")
+    if information.is_file():
+        for line in information.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,83 @@
+"""What defines a run, and the store of finished ones: one JSON file each, so that a stopped comparison resumes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Everything that a run's outcome depends on, besides code and machine. `steps` are optimizer steps.
+
+    `data` is "shapes" or a folder in COCO format; the numbers of images hold for shapes only. `evaluations` are spread
+    evenly over the schedule, the last at its end.
+    """
+
+    host: str
+    variant: str
+    seed: int
+    data: str
+    image_size: int
+    steps: int
+    batch_size: int
+    learning_rate: float
+    train_images: int = 4000
+    val_images: int = 500
+    warmup_steps: int = 100
+    weight_decay: float = 1e-4
+    clip_norm: float = 0.1
+    ema_decay: float = 0.99
+    flip: bool = True
+    evaluations: int = 6
+    device: str = "cpu"
+
+    def key(self) -> str:
+        """A name for this run that tells any two settings apart."""
+        digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:10]
+        readable = re.sub(r"[^\w.=+-]+", "_", f"{self.host}-{self.variant}-seed{self.seed}")
+        return f"{readable}-{digest}"
+
+    def evaluation_steps(self) -> list[int]:
+        """The steps after which the model is evaluated, ascending, the last one included."""
+        return sorted({max(1, self.steps * i // self.evaluations) for i in range(1, self.evaluations + 1)})
+
+
+def code_digest() -> str:
+    """A digest of the installed plugin's sources: tells results of different states of the code apart."""
+    import dfine_plugin
+    import dfine_plugin.adapters
+
+    digest = hashlib.sha256()
+    for package in (dfine_plugin, dfine_plugin.adapters):
+        for path in sorted(Path(package.__path__[0]).glob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:10]
+
+
+def load_run(folder: Path, settings: RunSettings) -> Result | None:
+    """The stored result of this very run, None where it has not finished."""
+    path = folder / f"{settings.key()}.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def save_run(folder: Path, settings: RunSettings, result: Result) -> None:
+    """Store a finished run."""
+    write_json(folder / f"{settings.key()}.json", result)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write atomically: a reader, or a stop in between, never meets half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False) as file:
+        json.dump(content, file, indent=1)
+    os.replace(file.name, path)

@@ -1,0 +1,122 @@
+"""Many runs side by side: processes of one thread each, with progress bars, each result stored as it comes."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from queue import Queue
+from threading import Thread
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from dfine_plugin.benchmarks.runs import Result, RunSettings, load_run, save_run
+
+Message = tuple[str, int, float | None]  # a run's key, steps done, AP where an evaluation was made
+
+
+def run_all(runs: Sequence[RunSettings], folder: Path, jobs: int, console: Console) -> tuple[list[Result], list[str]]:
+    """The results of `runs` in their order, and what failed; runs already in `folder` are read, not repeated.
+
+    Under torchrun or accelerate launch the processes are one job: the runs come one after the other in this process.
+    """
+    missing = [run for run in runs if load_run(folder, run) is None]
+    if len(missing) < len(runs):
+        console.print(f"{len(runs) - len(missing)} of {len(runs)} runs are finished already and not run again")
+    if not missing:
+        errors: dict[str, str] = {}
+    elif "WORLD_SIZE" in os.environ:
+        errors = _run_here(missing, folder, console)
+    else:
+        errors = _run_in_processes(missing, folder, jobs, console)
+    results = [load_run(folder, run) for run in runs]
+    return [result for result in results if result is not None], [f"{key}: {text}" for key, text in errors.items()]
+
+
+def _run_here(runs: Sequence[RunSettings], folder: Path, console: Console) -> dict[str, str]:
+    from dfine_plugin.benchmarks.training import train_run
+
+    for run in runs:
+        result = train_run(run)
+        # The other processes have no metrics: the first one evaluates.
+        if os.environ.get("RANK", "0") == "0":
+            save_run(folder, run, result)
+            console.print(f"{run.key()}: AP {result['final']['AP']:.2f}")
+    return {}
+
+
+def _run_in_processes(runs: Sequence[RunSettings], folder: Path, jobs: int, console: Console) -> dict[str, str]:
+    errors: dict[str, str] = {}
+    # One thread a process: OpenMP threads that wait for one another beside busy processes can slow a step twentyfold.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    context = get_context("spawn")
+    with context.Manager() as manager, _progress(console) as progress:
+        messages: Queue[Message | None] = manager.Queue()
+        listener = Thread(target=_show, args=(messages, runs, progress), daemon=True)
+        listener.start()
+        pool = ProcessPoolExecutor(min(jobs, len(runs)), mp_context=context, initializer=_start_worker)
+        futures: dict[Future[Result], RunSettings] = {pool.submit(_train, run, messages): run for run in runs}
+        try:
+            for future in as_completed(futures):
+                try:
+                    save_run(folder, futures[future], future.result())
+                # Whatever stops one run must not lose the others; it is reported at the end.
+                except Exception as error:
+                    errors[futures[future].key()] = f"{type(error).__name__}: {error}"
+        except KeyboardInterrupt:
+            for process in pool._processes.values():
+                process.terminate()
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
+        messages.put(None)
+        listener.join()
+    return errors
+
+
+def _start_worker() -> None:
+    torch.set_num_threads(1)
+    # One warning a process and step about the hosts' own code; it would tear the progress bars.
+    warnings.filterwarnings("ignore")
+
+
+def _train(run: RunSettings, messages: Queue[Any]) -> Result:
+    from dfine_plugin.benchmarks.training import train_run
+
+    def report(step: int, metrics: dict[str, Any] | None) -> None:
+        # A message is a round trip to the manager: not every step.
+        if metrics or step % 5 == 0:
+            messages.put((run.key(), step, metrics and metrics["AP"]))
+
+    return train_run(run, report)
+
+
+def _progress(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, TimeRemainingColumn(), console=console)
+
+
+def _show(messages: Queue[Message | None], runs: Sequence[RunSettings], progress: Progress) -> None:
+    """Draw a bar for all steps and one for each run at work, until None comes."""
+    by_key = {run.key(): run for run in runs}
+    total = progress.add_task("all runs", total=sum(run.steps for run in runs))
+    tasks: dict[str, Any] = {}
+    done: dict[str, int] = {}
+    while (message := messages.get()) is not None:
+        key, step, ap = message
+        run = by_key[key]
+        label = f"{run.variant}, seed {run.seed}"
+        if key not in tasks:
+            tasks[key] = progress.add_task(label, total=run.steps)
+        done[key] = step
+        progress.update(total, completed=sum(done.values()))
+        progress.update(tasks[key], completed=step, description=label if ap is None else f"{label}: AP {ap:.1f}")
+        if step == run.steps and ap is not None:
+            progress.console.print(f"{label}: AP {ap:.2f}")
+            progress.remove_task(tasks[key])

@@ -1,0 +1,60 @@
+"""The rows of the ablation: from a row's name to what wraps the host.
+
+baseline                                the host as it is
+fdr                                     FDR and FGL, no union, no DDF
+fdr+go-lsd                              all of the paper
+fdr+go-lsd:num_bins=16,a=0.25           with other settings of FDRConfig
+N=16   a=0.25,c=0.5   T=2               the paper's Table 4, short for fdr+go-lsd:...
+uniform   lqe   no-lqe                  the same with uniform bins, with or without LQE
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+BASELINE = "baseline"
+DEFAULT_VARIANTS = f"{BASELINE} fdr fdr+go-lsd"
+
+_NAMED: dict[str, dict[str, Any]] = {
+    "fdr": {"union": False, "ddf": False},
+    "fdr+go-lsd": {},
+    "uniform": {"weighting": "uniform"},
+    "lqe": {"lqe": True},
+    "no-lqe": {"lqe": False},
+}
+_SHORT = {"N": "num_bins", "T": "temperature"}
+
+
+def parse_variants(text: str) -> list[str]:
+    """The rows in `text`, parted by blanks or semicolons (commas part the settings within a row), checked, in order."""
+    rows = list(dict.fromkeys(text.replace(";", " ").split()))
+    for row in rows:
+        fdr_settings(row)
+    return rows
+
+
+def fdr_settings(row: str) -> dict[str, Any] | None:
+    """The keyword arguments of FDRConfig that `row` stands for; None for the baseline."""
+    if row == BASELINE:
+        return None
+    name, _, settings = row.partition(":")
+    if not settings and "=" in name:
+        name, settings = "fdr+go-lsd", name
+    if name not in _NAMED:
+        raise ValueError(f"unknown variant {row!r}: {BASELINE}, {', '.join(_NAMED)} or settings such as N=16")
+    result = dict(_NAMED[name])
+    for setting in filter(None, settings.split(",")):
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise ValueError(f"variant {row!r}: {setting!r} is not of the form name=value")
+        result[_SHORT.get(key, key)] = _value(value)
+    return result
+
+
+def _value(text: str) -> Any:
+    """A number, true or false as JSON has them; anything else is a word."""
+    try:
+        return json.loads(text.lower())
+    except json.JSONDecodeError:
+        return text

@@ -1,0 +1,109 @@
+"""The command from end to end, at the smallest size, and what its settings mean."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from typer import Typer
+from typer.testing import CliRunner
+
+from dfine_plugin.benchmarks.ablation import main
+from dfine_plugin.benchmarks.ema import make_ema
+from dfine_plugin.benchmarks.hosts import HOSTS, build_host
+from dfine_plugin.benchmarks.runs import RunSettings, load_run, save_run
+from dfine_plugin.benchmarks.training import build_model
+from dfine_plugin.benchmarks.variants import fdr_settings, parse_variants
+
+APP = Typer()
+APP.command()(main)
+
+SMALL = ["--steps=10", "--seeds=1", "--batch-size=4", "--train-images=16", "--val-images=6", "--image-size=64"]
+SETTINGS = RunSettings("rt-detr", "baseline", 0, "shapes", 64, steps=10, batch_size=4, learning_rate=1e-3)
+
+
+@pytest.mark.slow
+def test_the_command_trains_writes_and_resumes(tmp_path: Path) -> None:
+    arguments = [*SMALL, "--variants=baseline fdr+go-lsd", "--jobs=1", f"--output={tmp_path}"]
+    first = CliRunner().invoke(APP, arguments)
+    assert first.exit_code == 0, first.output
+    for name in ("ablation.md", "ablation.json", "ap_over_steps.png", "ap_per_threshold.png"):
+        assert (tmp_path / name).stat().st_size > 0
+    assert "one seed gives no interval" in first.output.splitlines()[-1]
+    figures = json.loads((tmp_path / "ablation.json").read_text())
+    baseline, wrapped = figures["runs"]
+    assert wrapped["parameters"] > baseline["parameters"]
+    assert [point["step"] for point in baseline["curve"]] == SETTINGS.evaluation_steps()
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()}
+    assert len(times) == 2
+
+    again = CliRunner().invoke(APP, arguments)
+    assert "2 of 2 runs are finished already" in again.output
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()} == times
+
+
+@pytest.mark.parametrize("arguments", [["--host=yolo"], ["--variants=baseline fdrr"]])
+def test_a_wrong_name_is_refused_before_any_training(arguments: list[str], tmp_path: Path) -> None:
+    result = CliRunner().invoke(APP, [*SMALL, *arguments, f"--output={tmp_path}"])
+    assert result.exit_code == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_the_very_same_settings_are_the_same_run(tmp_path: Path) -> None:
+    save_run(tmp_path, SETTINGS, {"final": 1})
+    assert load_run(tmp_path, SETTINGS) == {"final": 1}
+    for change in ({"seed": 1}, {"learning_rate": 2e-3}, {"variant": "fdr"}, {"data": "elsewhere"}):
+        assert load_run(tmp_path, replace(SETTINGS, **change)) is None
+
+
+@pytest.mark.parametrize("host", list(HOSTS))
+def test_twins_share_the_weights_of_all_they_share(host: str) -> None:
+    baseline = build_model(replace(SETTINGS, host=host), ["shape"]).state_dict()
+    wrapped = build_model(replace(SETTINGS, host=host, variant="fdr+go-lsd"), ["shape"]).state_dict()
+    shared = baseline.keys() & wrapped.keys()
+    # All but the box heads, which FDR replaces.
+    assert not [name for name in baseline.keys() - shared if "bbox_embed" not in name]
+    assert all(torch.equal(baseline[name], wrapped[name]) for name in shared)
+
+
+@pytest.mark.parametrize("host", list(HOSTS))
+def test_hosts_train_all_of_themselves_from_ordinary_weights(host: str) -> None:
+    model = build_host(host, ["a", "b"])
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert norms
+    assert all((norm.weight == 1).all() for norm in norms)
+    boxes = torch.tensor([[0.5, 0.5, 0.2, 0.2]])
+    labels = [{"class_labels": torch.tensor([1]), "boxes": boxes}] * 2
+    model.train()(pixel_values=torch.rand(2, 3, 64, 64), labels=labels).loss.backward()
+    backbone = [p for name, p in model.named_parameters() if "backbone" in name]
+    assert backbone
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in backbone)
+
+
+def test_variants_are_rows_with_settings() -> None:
+    assert parse_variants("baseline fdr; N=16 a=0.25,c=0.5 fdr") == ["baseline", "fdr", "N=16", "a=0.25,c=0.5"]
+    assert fdr_settings("baseline") is None
+    assert fdr_settings("fdr") == {"union": False, "ddf": False}
+    assert fdr_settings("fdr+go-lsd:N=16,a=0.25") == {"num_bins": 16, "a": 0.25}
+    assert fdr_settings("T=2") == {"temperature": 2}
+    assert fdr_settings("uniform:lqe=false") == {"weighting": "uniform", "lqe": False}
+    with pytest.raises(ValueError, match="unknown variant 'fdrr'"):
+        parse_variants("fdrr")
+    with pytest.raises(ValueError, match="'N' is not of the form name=value"):
+        parse_variants("fdr:N")
+
+
+def test_ema_ramps_its_decay_and_averages_buffers() -> None:
+    model = nn.BatchNorm1d(1)
+    ema = make_ema(model, decay=0.9, ramp_steps=2)
+    ema.update_parameters(model)
+    decay = 0.9 * (1 - torch.exp(torch.tensor(-0.5)))
+    with torch.no_grad():
+        model.weight.fill_(3.0)
+        model.running_mean.fill_(5.0)
+    ema.update_parameters(model)
+    assert ema.module.weight.item() == pytest.approx(float(decay * 1 + (1 - decay) * 3))
+    assert ema.module.running_mean.item() == pytest.approx(float((1 - decay) * 5))

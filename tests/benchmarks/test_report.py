@@ -1,0 +1,90 @@
+"""Statistics against scipy's paired t-test, and what the report says about them."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.stats import ttest_rel
+
+from dfine_plugin.benchmarks.paired import paired_difference
+from dfine_plugin.benchmarks.report import METRICS, ap_at_equal_time, closing_lines, markdown
+
+BASELINE = {0: 45.0, 1: 47.5, 2: 44.1, 3: 46.0}
+
+
+def result(variant: str, seed: int, ap: float, seconds: float = 10.0) -> dict[str, Any]:
+    """A run's result with an AP that grows from half its final value."""
+    metrics = {**dict.fromkeys(METRICS, ap), "APl": None}
+    return {
+        "settings": {
+            "host": "rt-detr",
+            "data": "shapes",
+            "variant": variant,
+            "seed": seed,
+            "steps": 20,
+            "batch_size": 4,
+            "image_size": 64,
+            "learning_rate": 1e-3,
+        },
+        "final": metrics,
+        "curve": [{"AP": ap / 2, "seconds": seconds / 2, "step": 10}, {"AP": ap, "seconds": seconds, "step": 20}],
+        "parameters": 800_000,
+        "seconds_per_step": seconds / 20,
+        "seconds": seconds,
+        "code": "x",
+    }
+
+
+def runs(gains: list[float], seconds: float = 10.0) -> list[dict[str, Any]]:
+    baseline = [result("baseline", seed, ap) for seed, ap in BASELINE.items()]
+    return baseline + [result("fdr", s, BASELINE[s] + g, seconds) for s, g in enumerate(gains)]
+
+
+def test_the_interval_is_that_of_the_paired_t_test() -> None:
+    treated = {seed: ap + gain for (seed, ap), gain in zip(BASELINE.items(), (1.0, 0.2, 2.0, 0.9), strict=True)}
+    difference = paired_difference(treated, BASELINE)
+    assert difference is not None
+    assert difference.half_width is not None
+    expected = ttest_rel(list(treated.values()), list(BASELINE.values())).confidence_interval(0.95)
+    interval = (difference.mean - difference.half_width, difference.mean + difference.half_width)
+    assert interval == pytest.approx((expected.low, expected.high))
+    assert difference.excludes_zero == (expected.low > 0)
+
+
+def test_only_seeds_in_common_are_paired() -> None:
+    difference = paired_difference({1: 50.0, 9: 99.0}, BASELINE)
+    assert difference is not None
+    assert difference.differences == {1: 2.5}
+    assert difference.half_width is None
+    assert not difference.excludes_zero
+    assert paired_difference({9: 1.0}, BASELINE) is None
+
+
+@pytest.mark.parametrize(
+    ("gains", "words"),
+    [
+        ([1.0, 1.1, 0.9, 1.0], "the 95 % interval excludes zero: a gain"),
+        ([-1.0, -1.1, -0.9, -1.0], "the 95 % interval excludes zero: a LOSS"),
+        ([3.0, -2.0, 1.0, -1.0], "the 95 % interval includes zero: no gain is shown"),
+        ([1.0], "one seed gives no interval: this says nothing about a gain"),
+    ],
+)
+def test_the_closing_line_claims_no_more_than_the_interval(gains: list[float], words: str) -> None:
+    (line,) = closing_lines(runs(gains))
+    assert line.startswith("fdr: AP ")
+    assert words in line
+
+
+def test_equal_time_reads_the_slower_run_where_the_baseline_had_finished() -> None:
+    slower = ap_at_equal_time(runs([1.0], seconds=20.0), "fdr")
+    assert slower == {0: pytest.approx(46.0 / 2)}
+    faster = ap_at_equal_time(runs([1.0], seconds=5.0), "fdr")
+    assert faster == {0: pytest.approx(46.0)}
+
+
+def test_the_table_has_every_row_seed_and_failure() -> None:
+    text = markdown(runs([1.0, 1.1, 0.9]), failures=["fdr-seed3: RuntimeError: the loss is not finite"])
+    mean, spread = np.mean(list(BASELINE.values())), np.std(list(BASELINE.values()), ddof=1)
+    assert f"| baseline | 4 | {mean:.1f} ± {spread:.1f} |" in text
+    assert "| 3 | 46.00 | - |" in text
+    assert "- fdr-seed3: RuntimeError: the loss is not finite" in text
