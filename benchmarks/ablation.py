@@ -29,7 +29,7 @@ from dfine_plugin.benchmarks.variants import BASELINE, DEFAULT_VARIANTS, parse_v
 LONG_SEEDS = 10
 # The learning rate is tuned with a seed that no comparison uses, as factors of the host's own.
 TUNING_SEED = 1000
-TUNING_FACTORS = (0.25, 0.5, 1.0, 2.0)
+TUNING_FACTORS = (0.5, 1.0, 2.0)
 
 
 def tune_learning_rate(settings: RunSettings, folder: Path, jobs: int, console: Console) -> dict[str, Any]:
@@ -58,8 +58,8 @@ def main(
     lr: Annotated[float | None, typer.Option(help="learning rate; default: the host's")] = None,
     tune_lr: Annotated[bool, typer.Option("--tune-lr", help="tune the rate on the baseline alone first")] = False,
     clip_norm: Annotated[float | None, typer.Option(help="gradient clipping; default: the host's")] = None,
-    train_images: Annotated[int, typer.Option(min=1, help="of the shapes")] = 4000,
-    val_images: Annotated[int, typer.Option(min=1, help="of the shapes")] = 500,
+    train_images: Annotated[int, typer.Option(min=1, help="of the shapes")] = 2000,
+    val_images: Annotated[int, typer.Option(min=1, help="of the shapes")] = 400,
     long: Annotated[bool, typer.Option("--long", help=f"at least {LONG_SEEDS} seeds")] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     jobs: Annotated[int | None, typer.Option(help="processes at a time; default: the number of cores")] = None,

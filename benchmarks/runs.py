@@ -31,14 +31,14 @@ class RunSettings:
     steps: int
     batch_size: int
     learning_rate: float
-    train_images: int = 4000
-    val_images: int = 500
+    train_images: int = 2000
+    val_images: int = 400
     warmup_steps: int = 100
     weight_decay: float = 1e-4
     clip_norm: float = 0.1
     ema_decay: float = 0.99
     flip: bool = True
-    evaluations: int = 6
+    evaluations: int = 5
     device: str = "cpu"
 
     def key(self) -> str:
