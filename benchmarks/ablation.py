@@ -15,6 +15,7 @@ import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any
 
 import typer
@@ -27,22 +28,27 @@ from dfine_plugin.benchmarks.scheduling import run_all
 from dfine_plugin.benchmarks.variants import BASELINE, DEFAULT_VARIANTS, parse_variants
 
 LONG_SEEDS = 10
-# The learning rate is tuned with a seed that no comparison uses, as factors of the host's own.
-TUNING_SEED = 1000
+# The learning rate is tuned with seeds that no comparison uses, as factors of the host's own. With one seed alone a
+# rate won that turned out to collapse with two of the next three.
+TUNING_SEEDS = (1000, 1001)
 TUNING_FACTORS = (0.5, 1.0, 2.0)
 
 
 def tune_learning_rate(settings: RunSettings, folder: Path, jobs: int, console: Console) -> dict[str, Any]:
-    """The baseline's AP at each learning rate of a small grid, and the best: tuned on the baseline alone."""
+    """The baseline's AP at each learning rate of a small grid, and the best on average: tuned on the baseline alone."""
     candidates = [
-        replace(settings, variant=BASELINE, seed=TUNING_SEED, learning_rate=settings.learning_rate * factor)
+        replace(settings, variant=BASELINE, seed=seed, learning_rate=settings.learning_rate * factor)
         for factor in TUNING_FACTORS
+        for seed in TUNING_SEEDS
     ]
     results, failures = run_all(candidates, folder, jobs, console)
-    ap = {result["settings"]["learning_rate"]: result["final"]["AP"] for result in results}
-    if not ap:
+    ap: dict[float, list[float]] = {}
+    for result in results:
+        ap.setdefault(result["settings"]["learning_rate"], []).append(round(result["final"]["AP"], 2))
+    whole = {rate: fmean(values) for rate, values in ap.items() if len(values) == len(TUNING_SEEDS)}
+    if not whole:
         raise RuntimeError(f"no learning rate trained the baseline: {failures}")
-    return {"seed": TUNING_SEED, "ap": ap, "failures": failures, "chosen": max(ap, key=lambda rate: ap[rate])}
+    return {"seeds": TUNING_SEEDS, "ap": ap, "failures": failures, "chosen": max(whole, key=lambda rate: whole[rate])}
 
 
 def main(
@@ -51,8 +57,8 @@ def main(
     variants: Annotated[str, typer.Option(help="rows parted by blanks, such as 'baseline fdr N=16 a=0.25,c=0.5'")] = (
         DEFAULT_VARIANTS
     ),
-    seeds: Annotated[int, typer.Option(min=1)] = 3,
-    steps: Annotated[int, typer.Option(min=1)] = 400,
+    seeds: Annotated[int, typer.Option(min=1)] = 4,
+    steps: Annotated[int, typer.Option(min=1)] = 300,
     batch_size: Annotated[int, typer.Option(min=1, help="images a step and process")] = 16,
     image_size: Annotated[int, typer.Option(min=32)] = 96,
     lr: Annotated[float | None, typer.Option(help="learning rate; default: the host's")] = None,
