@@ -37,12 +37,14 @@ class Retired:
 
     Attributes:
         modules: the box heads that the FDR head replaces, by their dotted names in the model.
+        lists: what a ModuleList was before it was replaced as a whole (None where there was none), by its dotted name.
         classes: the host's classes of modules that became another class, by their dotted names.
         ties: the host's declarations of tied parameters, as declared and as expanded.
         load_hook: what seeds the model from a baseline's state dict.
     """
 
     modules: dict[str, nn.Module] = field(default_factory=dict)
+    lists: dict[str, nn.ModuleList | None] = field(default_factory=dict)
     classes: dict[str, type[nn.Module]] = field(default_factory=dict)
     ties: tuple[dict[str, str] | None, dict[str, str]] = (None, {})
     load_hook: Any = None
@@ -108,6 +110,9 @@ class TransformersAdapter:
         for name, module in retired.modules.items():
             parent, index = name.rsplit(".", 1)
             model.get_submodule(parent)[int(index)] = module.to(like).train(model.training)
+        for name, modules in retired.lists.items():
+            parent, attribute = name.rsplit(".", 1)
+            setattr(model.get_submodule(parent), attribute, modules)
         for name, host_class in retired.classes.items():
             recast(model.get_submodule(name), host_class)
         model._tied_weights_keys, model.all_tied_weights_keys = retired.ties
@@ -129,10 +134,11 @@ class TransformersAdapter:
 
 def retire(model: Host, names: Iterable[str], retired: Retired) -> None:
     """Take the named elements of ModuleLists out, an Identity in their place so that the others keep their names."""
-    for name in names:
+    originals = {name: model.get_submodule(name) for name in names}
+    for name, module in originals.items():
         parent, index = name.rsplit(".", 1)
-        retired.modules[name] = model.get_submodule(name)
         model.get_submodule(parent)[int(index)] = nn.Identity()
+        retired.modules[name] = module
 
 
 def recast(module: nn.Module, twin: type[nn.Module]) -> type[nn.Module]:

@@ -256,11 +256,12 @@ class DeformableDetrAdapter(common.TransformersAdapter):
     def attach_heads(self, model: common.Host, config: FDRConfig, retired: common.Retired) -> None:
         decoder = model.model.decoder
         num_layers = len(decoder.layers)
-        if decoder.bbox_embed is None:
-            # as the host itself does for box refinement: a second module with the same parameters
-            decoder.bbox_embed = nn.ModuleList([_sharing_copy(model.bbox_embed[0])])
-        else:
-            common.retire(model, [f"model.decoder.bbox_embed.{i}" for i in range(1, num_layers)], retired)
+        retired.lists["model.decoder.bbox_embed"] = decoder.bbox_embed
+        # Decoder and model need heads of their own that share their parameters, as hosts since transformers 5.13 have
+        # them with box refinement; before, both held one ModuleList, and without refinement the decoder has none.
+        own = model.bbox_embed[:1] if decoder.bbox_embed is None else decoder.bbox_embed
+        decoder.bbox_embed = nn.ModuleList(_sharing_copy(head) for head in own)
+        common.retire(model, [f"model.decoder.bbox_embed.{i}" for i in range(1, len(own)) if i < num_layers], retired)
         common.retire(model, [f"bbox_embed.{i}" for i in range(1, num_layers)], retired)
         looking_up: list[tuple[str, type[nn.Module]]] = [("bbox_embed", RecordedBoxHead)]
         if config.lqe:
@@ -276,8 +277,6 @@ class DeformableDetrAdapter(common.TransformersAdapter):
         super().detach(model, retired)
         for head in (*model.bbox_embed, *model.class_embed):
             head.__dict__.pop("level", None)
-        if not model.config.with_box_refine:
-            model.model.decoder.bbox_embed = None
 
     def deploy(self, model: common.Host) -> None:
         super().deploy(model)

@@ -166,11 +166,12 @@ class RTDetrGOLSDLoss:
         fgl, ddf = criterion.distribution_losses(matched.last(len(supervised)), supervised, labels, self.config)
         suffixes = [*(f"_aux_{i}" for i in range(len(supervised) - 1)), ""]
         self._add(losses, fgl, ddf, suffixes)
+        known = criterion.get_cdn_matched_indices(denoising_meta_values, labels) if denoising_meta_values else []
+        # outside of the branch: a process without a truth has no denoising queries, yet the others wait for its count
+        num_known = mean_over_processes(sum(len(queries) for queries, _ in known), outputs_class.device)
         if denoising_meta_values is not None and config.auxiliary_loss:
-            pairs = criterion.get_cdn_matched_indices(denoising_meta_values, labels)
-            num_boxes = mean_over_processes(sum(len(queries) for queries, _ in pairs), outputs_class.device)
             fgl, ddf = distribution_losses(
-                own, noisy[-1]["logits"], [t["boxes"] for t in labels], [pairs] * num_layers, num_boxes, self.config
+                own, noisy[-1]["logits"], [t["boxes"] for t in labels], [known] * num_layers, num_known, self.config
             )
             self._add(losses, fgl, ddf, [f"_dn_{i}" for i in range(num_layers)])
         check_finite(losses)
@@ -202,9 +203,10 @@ class RTDetrAdapter(common.TransformersAdapter):
 
     def attach_heads(self, model: common.Host, config: FDRConfig, retired: common.Retired) -> None:
         later = range(1, len(model.model.decoder.layers))
-        common.retire(model, [f"model.decoder.bbox_embed.{i}" for i in later], retired)
+        lists = ["model.decoder.bbox_embed"]
         if hasattr(model, "bbox_embed"):  # RT-DETRv2 declares every head a second time
-            common.retire(model, [f"bbox_embed.{i}" for i in later], retired)
+            lists.append("bbox_embed")
+        common.retire(model, [f"{name}.{i}" for name in lists for i in later], retired)
 
     def begin(self, model: common.Host, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         labels = super().begin(model, args, kwargs)
