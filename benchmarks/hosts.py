@@ -103,7 +103,7 @@ _RT_DETR: dict[str, Any] = {
 }
 
 
-@host("rt-detr", learning_rate=2e-3)
+@host("rt-detr", learning_rate=1e-3)
 def rt_detr(class_names: list[str]) -> nn.Module:
     """RT-DETR, 0.8 M parameters: ResNet of one basic block a stage, three decoder layers, 30 queries."""
     from transformers import RTDetrConfig, RTDetrForObjectDetection, RTDetrResNetConfig

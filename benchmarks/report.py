@@ -3,8 +3,8 @@
 Two tables. *Equal steps* compares the final metrics. *Equal time* reads each wrapped run's AP at the moment when the
 baseline of the same seed had finished, on the line between its evaluations, and compares that with the baseline's
 final AP. This is hard on a wrapped run that is slower: it is read within its schedule, before the learning rate has
-come down, where a schedule cut to the shorter time would do better. It can understate a gain, never make one. A
-wrapped run that is faster is read at its end.
+come down, where a schedule cut to the shorter time would do better. It leans towards understating a gain. A wrapped
+run that is faster is read at its end.
 """
 
 from __future__ import annotations
