@@ -1,6 +1,7 @@
 """Two processes under DistributedDataParallel, one of them without a single truth."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,11 @@ def _idle(host: Host, model: torch.nn.Module) -> list[torch.nn.Parameter]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("row", [0, 2], ids=[str(HOSTS[0]), str(HOSTS[2])])
-def test_a_rank_without_truths_does_not_hang_and_all_gradients_agree(row: int, tmp_path: Path) -> None:
+def test_a_rank_without_truths_does_not_hang_and_all_gradients_agree(
+    row: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # a spawned process has to find this module; at the end, lest the checkout hide the installed package
+    monkeypatch.setattr(sys, "path", [*sys.path, str(Path(__file__).parents[2])])
     mp.start_processes(_worker, args=(row, str(tmp_path)), nprocs=2, start_method="spawn")
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert first.keys() == second.keys()
