@@ -57,7 +57,6 @@ class RefiningLoop:
                 state = self.fdr.start(initial_boxes)
                 record = FDRRecord(self.fdr.weights, initial_boxes)
             state = self.fdr(index, hidden_states, state)
-            record.references.append(reference)
             reference = state.boxes.detach().to(reference.dtype)
 
             hidden.append(hidden_states)

@@ -34,13 +34,12 @@ class FDRRecord:
     initial_logits: Tensor | None = None
 
     def queries(self, part: slice) -> "FDRRecord":
-        """The record of a part of the queries, such as the denoising ones; references are left out."""
+        """The record of a part of the queries, such as the denoising ones, as the loss reads it."""
         return FDRRecord(
             weights=self.weights,
             initial_boxes=self.initial_boxes[:, part],
             corner_logits=[logits[:, part] for logits in self.corner_logits],
             boxes=[boxes[:, part] for boxes in self.boxes],
-            quality_logits=[logits[:, part] for logits in self.quality_logits],
             initial_logits=None if self.initial_logits is None else self.initial_logits[:, part],
         )
 
