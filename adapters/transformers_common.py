@@ -1,10 +1,10 @@
-"""What the adapters for transformers share: configs, ties, checkpoints, and the criterion that takes the union."""
+"""What the adapters for transformers share: configs, ties and checkpoints."""
 
 import copy
 import inspect
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,38 +16,23 @@ from transformers import AutoConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from dfine_plugin.config import FDRConfig
-from dfine_plugin.criterion import box_losses, distribution_losses, mean_over_processes
 from dfine_plugin.errors import UnsupportedModelError, WrapStateError
 from dfine_plugin.head import FDRHead
-from dfine_plugin.matching import GOLSDMatcher, Pairs
-from dfine_plugin.record import FDRRecord
-from dfine_plugin.validation import check_finite, check_targets
+from dfine_plugin.validation import check_targets
 from dfine_plugin.wrapping import binding_of, wrap_decoder
 
-Host = Any
-"""A PreTrainedModel whose parts are found by their names, which differ from host to host: beyond a type checker."""
+from . import common
+from .common import Host
 
 SETTINGS = "dfine_plugin"
 """The attribute of a wrapped model's transformers config that carries the FDRConfig into config.json and back."""
 
 
 @dataclass
-class Retired:
-    """What wrapping took out of a host, for :meth:`TransformersAdapter.detach` to put back.
+class Retired(common.Retired):
+    """With the host's declarations of tied parameters, as declared and as expanded."""
 
-    Attributes:
-        modules: the box heads that the FDR head replaces, by their dotted names in the model.
-        lists: what a ModuleList was before it was replaced as a whole (None where there was none), by its dotted name.
-        classes: the host's classes of modules that became another class, by their dotted names.
-        ties: the host's declarations of tied parameters, as declared and as expanded.
-        load_hook: what seeds the model from a baseline's state dict.
-    """
-
-    modules: dict[str, nn.Module] = field(default_factory=dict)
-    lists: dict[str, nn.ModuleList | None] = field(default_factory=dict)
-    classes: dict[str, type[nn.Module]] = field(default_factory=dict)
     ties: tuple[dict[str, str] | None, dict[str, str]] = (None, {})
-    load_hook: Any = None
 
 
 class TransformersAdapter:
@@ -93,7 +78,7 @@ class TransformersAdapter:
         twin = self.decoder_classes[type(decoder)]
         with torch.device("meta"):
             twin(decoder.config)  # transformers learns at construction which outputs a class can record
-        retired.classes["model.decoder"] = recast(decoder, twin)
+        retired.recast(model, "model.decoder", twin)
         decoder.fdr = FDRHead(model.config.d_model, len(decoder.layers), config).to(parameter)
         decoder.fdr.train(decoder.training)
         retie(model)
@@ -104,17 +89,8 @@ class TransformersAdapter:
 
     def detach(self, model: Host, retired: Retired) -> None:
         """See :class:`~dfine_plugin.registry.Adapter`."""
-        decoder = model.model.decoder
-        like = next(decoder.parameters())
-        del decoder.fdr, model._loss_function
-        for name, module in retired.modules.items():
-            parent, index = name.rsplit(".", 1)
-            model.get_submodule(parent)[int(index)] = module.to(like).train(model.training)
-        for name, modules in retired.lists.items():
-            parent, attribute = name.rsplit(".", 1)
-            setattr(model.get_submodule(parent), attribute, modules)
-        for name, host_class in retired.classes.items():
-            recast(model.get_submodule(name), host_class)
+        del model.model.decoder.fdr, model._loss_function
+        retired.restore(model, like=next(model.model.decoder.parameters()))
         model._tied_weights_keys, model.all_tied_weights_keys = retired.ties
         _own_config(model, None)
         retired.load_hook.remove()
@@ -136,42 +112,13 @@ def retire(model: Host, names: Iterable[str], retired: Retired) -> None:
     """Take the named elements of ModuleLists out, an Identity in their place so that the others keep their names."""
     originals = {name: model.get_submodule(name) for name in names}
     for name, module in originals.items():
-        parent, index = name.rsplit(".", 1)
-        model.get_submodule(parent)[int(index)] = nn.Identity()
+        retired.replace(model, name, nn.Identity())
         retired.modules[name] = module
-
-
-def recast(module: nn.Module, twin: type[nn.Module]) -> type[nn.Module]:
-    """Turn a module into an instance of a class with another forward, in place, and return the class it had.
-
-    Its parameters, hooks and place in the model stay; and copies and pickles behave, for a class is no closure.
-    """
-    former = type(module)
-    module.__class__ = twin
-    return former
 
 
 def prediction_set(logits: Tensor, boxes: Tensor) -> dict[str, Tensor]:
     """One prediction set as the hosts' criteria take it: ``(B, Q, classes)`` and ``(B, Q, 4)``."""
     return {"logits": logits, "pred_boxes": boxes}
-
-
-def check_sets(layers: list[dict[str, Tensor]], others: Mapping[str, dict[str, Tensor]]) -> None:
-    """:func:`check_finite` of the decoder layers' and other prediction sets, under names that tell them."""
-    sets = {**{f"decoder layer {i}": outputs for i, outputs in enumerate(layers, start=1)}, **others}
-    check_finite({f"{key} of {name}": tensor for name, outputs in sets.items() for key, tensor in outputs.items()})
-
-
-def rename_suffixes(losses: Mapping[str, Tensor], suffixes: Mapping[str, str]) -> dict[str, Tensor]:
-    """A loss dict whose keys that end in a key of ``suffixes`` end in its value instead."""
-
-    def renamed(key: str) -> str:
-        for suffix, name in suffixes.items():
-            if key.endswith(suffix):
-                return key.removesuffix(suffix) + name
-        return key
-
-    return {renamed(key): value for key, value in losses.items()}
 
 
 def _refuse_loss(*_: Any, **__: Any) -> None:
@@ -210,26 +157,10 @@ def retie(model: Host) -> None:
 
 
 def _seed_from_baseline(model: Host, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Before a state dict is loaded: if it is a baseline's, hand over what a strict load would stumble on.
-
-    A baseline has no FDR parameters, which stay as they are, and box heads that the wrapped model has retired, which
-    go to where they are kept for unwrapping. All else, the first box head too, loads under its own name.
-    """
-    marker = f"{prefix}model.decoder.fdr."
-    if any(key.startswith(marker) for key in state_dict):
-        return
     binding = binding_of(model)
     assert binding is not None
-    for name, module in binding.retired.modules.items():
-        for key, parameter in module.state_dict(prefix=f"{prefix}{name}.").items():
-            if key in state_dict:
-                parameter.copy_(state_dict.pop(key))
-    for copied, name in model.all_tied_weights_keys.items():
-        for missing, present in ((copied, name), (name, copied)):
-            if prefix + present in state_dict:
-                state_dict.setdefault(prefix + missing, state_dict[prefix + present])
-    own = model.state_dict(prefix=prefix)
-    state_dict.update({key: value for key, value in own.items() if key.startswith(marker)})
+    ties = model.all_tied_weights_keys.items()
+    common.seed_from_baseline(state_dict, prefix, model, binding.retired, "model.decoder.fdr", ties)
 
 
 def load_pretrained(path: str | Path, **kwargs: Any) -> Host:
@@ -280,49 +211,3 @@ def _read_fdr_weights(folder: Path) -> dict[str, Tensor]:
                 if key.startswith(prefix):
                     weights[key.removeprefix(prefix)] = tensors.get_tensor(key)
     return weights
-
-
-class UnionCriterion(nn.Module):
-    """Mixin before a host's criterion: box losses of the matched sets over the union, and the same criterion otherwise.
-
-    Call :meth:`match` with all sets first, then the criterion itself. Denoising sets, which it has not matched, keep
-    their own pairs.
-    """
-
-    matcher: Any
-
-    def match(self, sets: list[dict[str, Tensor]], targets: list[dict[str, Tensor]], config: FDRConfig) -> None:
-        """Match every prediction set by the host's matcher, and form the union if the config wants it."""
-        self.matcher = GOLSDMatcher(self.matcher)
-        for outputs in sets:
-            self.matcher(outputs, targets)
-        self.pairs: Pairs | None = None
-        if config.union:
-            self.pairs = self.matcher.union()
-            count = sum(len(queries) for queries, _ in self.pairs)
-            self.num_pairs = mean_over_processes(count, sets[0]["pred_boxes"].device)
-
-    def get_loss(self, loss, outputs, targets, indices, num_boxes, **kwargs):
-        if loss == "boxes":
-            boxes = outputs["pred_boxes"]
-            if self.matcher.knows(boxes):
-                self.num_boxes = num_boxes
-                if self.pairs is not None:
-                    indices, num_boxes = self.pairs, self.num_pairs
-            return box_losses(boxes, [target["boxes"] for target in targets], indices, num_boxes)
-        return super().get_loss(loss, outputs, targets, indices, num_boxes, **kwargs)  # type: ignore[misc]
-
-    def distribution_losses(
-        self,
-        record: FDRRecord,
-        sets: list[dict[str, Tensor]],
-        targets: list[dict[str, Tensor]],
-        config: FDRConfig,
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """FGL and DDF of the matched queries, after the criterion has run; ``sets`` are the layers', in order."""
-        truths = [target["boxes"] for target in targets]
-        if self.pairs is not None:
-            pairs, num_boxes = [self.pairs] * len(sets), self.num_pairs
-        else:
-            pairs, num_boxes = [self.matcher(outputs, targets) for outputs in sets], self.num_boxes
-        return distribution_losses(record, sets[-1]["logits"], truths, pairs, num_boxes, config)

@@ -20,7 +20,8 @@ from dfine_plugin.record import FDRRecord, current_record, current_scope, leave_
 from dfine_plugin.registry import register_adapter
 from dfine_plugin.validation import check_finite
 
-from . import transformers_common as common
+from . import common
+from . import transformers_common as hf
 
 
 class RefiningLoop:
@@ -138,25 +139,25 @@ class RTDetrGOLSDLoss:
         assert matched.initial_logits is not None  # this decoder computes the class logits itself
 
         layers = [
-            common.prediction_set(outputs_class[:, i, queries], outputs_coord[:, i, queries]) for i in range(num_layers)
+            hf.prediction_set(outputs_class[:, i, queries], outputs_coord[:, i, queries]) for i in range(num_layers)
         ]
-        encoder = common.prediction_set(enc_topk_logits, enc_topk_bboxes)
-        initial = common.prediction_set(matched.initial_logits, matched.initial_boxes)
+        encoder = hf.prediction_set(enc_topk_logits, enc_topk_bboxes)
+        initial = hf.prediction_set(matched.initial_logits, matched.initial_boxes)
         auxiliary = [*layers[:-1], encoder] if config.auxiliary_loss else []
         common.check_sets(layers, {"the encoder": encoder, "the initial boxes": initial})
 
         criterion = UnionRTDetrLoss(config).to(device)
-        criterion.match([layers[-1], *auxiliary, initial], labels, self.config)
+        criterion.match([(outputs, labels) for outputs in (layers[-1], *auxiliary, initial)], self.config)
         outputs = {**layers[-1], "auxiliary_outputs": [*auxiliary, initial]}
         rename = {f"_aux_{len(auxiliary)}": "_pre"}
         if denoising_meta_values is not None and config.auxiliary_loss:
             own = record.queries(denoising)
             assert own.initial_logits is not None
             noisy = [
-                common.prediction_set(outputs_class[:, i, denoising], outputs_coord[:, i, denoising])
+                hf.prediction_set(outputs_class[:, i, denoising], outputs_coord[:, i, denoising])
                 for i in range(num_layers)
             ]
-            outputs["dn_auxiliary_outputs"] = [*noisy, common.prediction_set(own.initial_logits, own.initial_boxes)]
+            outputs["dn_auxiliary_outputs"] = [*noisy, hf.prediction_set(own.initial_logits, own.initial_boxes)]
             outputs["denoising_meta_values"] = denoising_meta_values
             rename[f"_dn_{num_layers}"] = "_dn_pre"
         losses = common.rename_suffixes(criterion(outputs, labels), rename)
@@ -189,7 +190,7 @@ class RTDetrGOLSDLoss:
     "transformers.models.rt_detr.modeling_rt_detr.RTDetrForObjectDetection",
     "transformers.models.rt_detr_v2.modeling_rt_detr_v2.RTDetrV2ForObjectDetection",
 )
-class RTDetrAdapter(common.TransformersAdapter):
+class RTDetrAdapter(hf.TransformersAdapter):
     """RT-DETR and RT-DETRv2."""
 
     decoder_classes: ClassVar[dict[type[nn.Module], type[nn.Module]]] = {
@@ -200,12 +201,12 @@ class RTDetrAdapter(common.TransformersAdapter):
     def make_loss(self, config: FDRConfig) -> RTDetrGOLSDLoss:
         return RTDetrGOLSDLoss(config)
 
-    def attach_heads(self, model: common.Host, config: FDRConfig, retired: common.Retired) -> None:
+    def attach_heads(self, model: common.Host, config: FDRConfig, retired: hf.Retired) -> None:
         later = range(1, len(model.model.decoder.layers))
         lists = ["model.decoder.bbox_embed"]
         if hasattr(model, "bbox_embed"):  # RT-DETRv2 declares every head a second time
             lists.append("bbox_embed")
-        common.retire(model, [f"{name}.{i}" for name in lists for i in later], retired)
+        hf.retire(model, [f"{name}.{i}" for name in lists for i in later], retired)
 
     def begin(self, model: common.Host, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         labels = super().begin(model, args, kwargs)

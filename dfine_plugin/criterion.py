@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .boxes import aligned_giou, aligned_iou, at_least_float32, encode_boxes
 from .config import FDRConfig
-from .losses import ddf_loss, fgl_of_bins
+from .losses import ddf_loss, fgl_of_bins, query_counts
 from .matching import Pairs
 from .record import FDRRecord
 
@@ -19,13 +19,20 @@ def flatten_pairs(pairs: Pairs, truths: list[Tensor], device: torch.device) -> t
     return images.to(device), queries.to(device), boxes.to(device)
 
 
+def average_over_processes(values: Tensor) -> Tensor:
+    """The mean of a tensor over the processes of a distributed run; every process must call it."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return values
+    values = values.clone()
+    dist.all_reduce(values)
+    return values / dist.get_world_size()
+
+
 def mean_over_processes(count: float, device: torch.device) -> Tensor | float:
     """A count of pairs as a normaliser: averaged over the processes of a distributed run, at least 1."""
     if not (dist.is_available() and dist.is_initialized()):
         return max(float(count), 1.0)
-    total = torch.tensor(float(count), device=device)
-    dist.all_reduce(total)
-    return (total / dist.get_world_size()).clamp(min=1)
+    return average_over_processes(torch.tensor(float(count), device=device)).clamp(min=1)
 
 
 def box_losses(boxes: Tensor, truths: list[Tensor], pairs: Pairs, num_boxes: float | Tensor) -> dict[str, Tensor]:
@@ -56,6 +63,7 @@ def distribution_losses(
     pairs: list[Pairs],
     num_boxes: float | Tensor,
     config: FDRConfig,
+    over_processes: bool = False,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """FGL of every layer, and DDF of every layer but the last.
 
@@ -67,11 +75,14 @@ def distribution_losses(
         pairs: for each layer its pairs; one object for all layers (the union) is encoded once.
         num_boxes: FGL's normaliser.
         config: temperature, and whether there is DDF.
+        over_processes: whether DDF's parts are weighted by the counts of all processes of a distributed run; then each
+            of them must call this.
 
     Returns:
         L unweighted FGL terms, and L - 1 unweighted DDF terms (none without ``config.ddf``).
     """
-    fgl, ddf = [], []
+    fgl: list[Tensor] = []
+    taught: list[tuple[Tensor, Tensor]] = []  # of each layer but the last: which queries are matched, and all qualities
     device = record.initial_boxes.device
     frame = record.initial_boxes.detach()
     confidence = at_least_float32(teacher_class_logits.detach()).sigmoid().amax(-1)
@@ -87,6 +98,15 @@ def distribution_losses(
         if config.ddf and layer < len(record.corner_logits) - 1:
             matched = torch.zeros_like(confidence, dtype=torch.bool)
             matched[images, queries] = True
-            quality = confidence.index_put((images, queries), iou.to(confidence.dtype))
-            ddf.append(ddf_loss(logits, record.corner_logits[-1], matched, quality, config.temperature))
+            taught.append((matched, confidence.index_put((images, queries), iou.to(confidence.dtype))))
+    if not taught:
+        return fgl, []
+    counts = torch.stack([query_counts(matched) for matched, _ in taught]).to(frame.dtype)
+    if over_processes:
+        counts = average_over_processes(counts)
+    teacher = record.corner_logits[-1]
+    ddf = [
+        ddf_loss(student, teacher, *of_queries, config.temperature, of_layer)
+        for student, of_queries, of_layer in zip(record.corner_logits, taught, counts, strict=False)
+    ]
     return fgl, ddf

@@ -6,6 +6,9 @@ from torch import Tensor
 
 from .boxes import at_least_float32, encode_boxes
 
+TINY = 1e-6
+"""Stands in for the root of a count of zero, whose part of the loss is zero, too."""
+
 
 def fgl_loss(
     logits: Tensor,
@@ -47,7 +50,14 @@ def fgl_of_bins(
     return loss / (num_boxes.clamp(min=1) if isinstance(num_boxes, Tensor) else max(num_boxes, 1))
 
 
-def ddf_loss(student: Tensor, teacher: Tensor, matched: Tensor, quality: Tensor, temperature: float = 5.0) -> Tensor:
+def ddf_loss(
+    student: Tensor,
+    teacher: Tensor,
+    matched: Tensor,
+    quality: Tensor,
+    temperature: float = 5.0,
+    counts: Tensor | None = None,
+) -> Tensor:
     """Decoupled Distillation Focal loss (D-FINE, eq. 6): the last layer's distributions teach an earlier layer.
 
     Per query and edge ``quality * T^2 KL(softmax(teacher / T) || softmax(student / T))``; then the means over the K_m
@@ -63,6 +73,8 @@ def ddf_loss(student: Tensor, teacher: Tensor, matched: Tensor, quality: Tensor,
         matched: ``(B, Q)`` bool.
         quality: ``(B, Q)``: IoU with the truth where matched, the teacher's highest class confidence elsewhere.
         temperature: T.
+        counts: ``(2,)``, how many queries are matched and how many are not; by default those of this batch. With the
+            averages over the processes of a distributed run, the mean of their losses is that of the whole batch.
 
     Returns:
         A scalar, float32 or float64.
@@ -74,8 +86,14 @@ def ddf_loss(student: Tensor, teacher: Tensor, matched: Tensor, quality: Tensor,
     per_query = divergence.mean(-1) * quality.detach().to(divergence.dtype) * temperature**2
     # Counting queries instead of edges changes no mean, and cancels in the square roots. The mean of a part times the
     # root of its count is its sum over that root, which is a zero where the part is empty.
-    root_matched = matched.sum().to(per_query.dtype).sqrt()
-    root_unmatched = (~matched).sum().to(per_query.dtype).sqrt()
-    matched_part = (per_query * matched).sum() / root_matched.clamp(min=1)
-    unmatched_part = (per_query * ~matched).sum() / root_unmatched.clamp(min=1)
-    return (matched_part + unmatched_part) / (root_matched + root_unmatched).clamp(min=1)
+    if counts is None:
+        counts = query_counts(matched)
+    roots = counts.to(per_query.dtype).sqrt()
+    sums = torch.stack([(per_query * matched).sum(), (per_query * ~matched).sum()])
+    return (sums / roots.clamp(min=TINY)).sum() / roots.sum().clamp(min=TINY)
+
+
+def query_counts(matched: Tensor) -> Tensor:
+    """``(2,)``: how many queries of a mask are matched, and how many are not."""
+    count = matched.sum()
+    return torch.stack([count, matched.numel() - count])

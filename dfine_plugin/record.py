@@ -7,6 +7,7 @@ module, so copies, pickles and state dicts never see a record.
 
 import threading
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -20,7 +21,8 @@ class FDRRecord:
         initial_boxes: ``(B, Q, 4)`` cxcywh, b0 with its gradient.
         corner_logits: for each layer ``(B, Q, 4, K)``.
         boxes: for each layer ``(B, Q, 4)`` cxcywh, before any cast to the host's dtype.
-        references: for each layer, the reference ``(B, Q, 4 or 2)`` that the layer attended from.
+        reference_logits: for each layer ``(B, Q, 4)``, the logits of the reference that it attended from, as the host
+            adds them to its box head's output.
         quality_logits: for each layer ``(B, Q, 1)``, what LQE adds to the class logits; empty without LQE.
         initial_logits: ``(B, Q, classes)``, layer 1's class logits before LQE.
     """
@@ -29,7 +31,7 @@ class FDRRecord:
     initial_boxes: Tensor
     corner_logits: list[Tensor] = field(default_factory=list)
     boxes: list[Tensor] = field(default_factory=list)
-    references: list[Tensor] = field(default_factory=list)
+    reference_logits: list[Tensor] = field(default_factory=list)
     quality_logits: list[Tensor] = field(default_factory=list)
     initial_logits: Tensor | None = None
 
@@ -53,12 +55,14 @@ class Scope:
 
     Attributes:
         record: what the decoder has left for the loss.
+        progress: what the modules of a decoder at work hand to one another, for the adapter to define.
         idle: parameters that this batch leaves without a gradient, and DistributedDataParallel waiting for one; the
             loss takes them in with weight zero.
     """
 
     def __init__(self) -> None:
         self.record: FDRRecord | None = None
+        self.progress: Any = None
         self.idle: list[Tensor] = []
 
 
@@ -82,21 +86,26 @@ def close_scope() -> None:
     _scopes.stack.pop()
 
 
+def in_scope() -> bool:
+    """Whether a wrapped model's forward is running on this thread."""
+    return bool(_scopes.stack)
+
+
 def current_scope() -> Scope:
     """This thread's innermost running forward.
 
     Raises:
         RuntimeError: outside of a wrapped model's forward.
     """
-    if not _scopes.stack:
+    if not in_scope():
         raise RuntimeError("the loss of a wrapped model runs within that model's forward only")
     return _scopes.stack[-1]
 
 
 def leave_record(record: FDRRecord) -> None:
     """Give the record to the running forward; where only a part of the model runs, nobody asks for it."""
-    if _scopes.stack:
-        _scopes.stack[-1].record = record
+    if in_scope():
+        current_scope().record = record
 
 
 def current_record() -> FDRRecord:

@@ -1,94 +1,26 @@
-"""The hosts that every shared behaviour runs over: the real classes, small, randomly initialised. A row is a host."""
+"""What every shared behaviour needs of a host: the real class, small, randomly initialised. The rows lie beside."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
-from transformers import (
-    DeformableDetrConfig,
-    DeformableDetrForObjectDetection,
-    PreTrainedModel,
-    ResNetConfig,
-    RTDetrConfig,
-    RTDetrForObjectDetection,
-    RTDetrResNetConfig,
-    RTDetrV2Config,
-    RTDetrV2ForObjectDetection,
-)
+from torch import Tensor, nn
 
-from dfine_plugin import FDRConfig
+from dfine_plugin import FDRConfig, wrap_decoder
 
 NUM_CLASSES = 3
 NUM_LAYERS = 3
 IMAGE_SIZE = 64
 
-_BACKBONE = {
-    "embedding_size": 8,
-    "hidden_sizes": [8, 16, 24, 32],
-    "depths": [1, 1, 1, 1],
-    "layer_type": "basic",
-    "out_features": ["stage2", "stage3", "stage4"],
-}
-_RT_DETR = {
-    "d_model": 32,
-    "encoder_hidden_dim": 32,
-    "encoder_in_channels": [16, 24, 32],
-    "decoder_in_channels": [32, 32, 32],
-    "encoder_ffn_dim": 32,
-    "decoder_ffn_dim": 32,
-    "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4,
-    "decoder_layers": NUM_LAYERS,
-    "num_queries": 12,
-    "num_denoising": 6,
-    "num_labels": NUM_CLASSES,
-    "use_pretrained_backbone": False,
-    "freeze_backbone_batch_norms": False,
-}
-_DEFORMABLE = {
-    "d_model": 32,
-    "encoder_layers": 1,
-    "encoder_ffn_dim": 32,
-    "decoder_ffn_dim": 32,
-    "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4,
-    "decoder_layers": NUM_LAYERS,
-    "num_queries": 12,
-    "two_stage_num_proposals": 12,
-    "num_feature_levels": 3,
-    "num_labels": NUM_CLASSES,
-    "auxiliary_loss": True,
-    "dropout": 0.0,
-    "use_timm_backbone": False,
-    "use_pretrained_backbone": False,
-}
-
-
-def _rt_detr() -> PreTrainedModel:
-    return RTDetrForObjectDetection(RTDetrConfig(backbone_config=RTDetrResNetConfig(**_BACKBONE), **_RT_DETR))
-
-
-def _rt_detr_v2() -> PreTrainedModel:
-    return RTDetrV2ForObjectDetection(RTDetrV2Config(backbone_config=RTDetrResNetConfig(**_BACKBONE), **_RT_DETR))
-
-
-def _deformable_detr(two_stage: bool, with_box_refine: bool) -> PreTrainedModel:
-    config = DeformableDetrConfig(
-        backbone_config=ResNetConfig(**_BACKBONE), two_stage=two_stage, with_box_refine=with_box_refine, **_DEFORMABLE
-    )
-    model = DeformableDetrForObjectDetection(config)
-    model.requires_grad_(True)  # the host freezes a backbone of its own making for good
-    return model
-
 
 @dataclass(frozen=True)
-class Host:
-    """One row: how to build the host, and what is special about it."""
+class Host(ABC):
+    """One row: how to build the host, how to run it, and what is special about it."""
 
     name: str
-    build: Callable[[], PreTrainedModel]
+    build: Callable[[], nn.Module]
     weighted_loss_dict: bool
     """Whether the host's loss dict holds weighted terms."""
     settings: dict[str, Any] = field(default_factory=dict)
@@ -96,35 +28,41 @@ class Host:
     checkpointing: bool = False
     """Whether the host supports gradient checkpointing."""
 
+    decoder: ClassVar[str]
+    """The dotted name of the decoder, and of the FDR head with ``.fdr`` behind it."""
+
+    @abstractmethod
+    def losses(self, model: nn.Module, images: Tensor, labels: list[dict[str, Tensor]]) -> tuple[Tensor, dict]:
+        """The loss to train with, and the loss dict."""
+
+    @abstractmethod
+    def predict(self, model: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
+        """All that the host predicts, in evaluation mode."""
+
+    @abstractmethod
+    def without_auxiliary_losses(self, model: nn.Module) -> None:
+        """Tell the host to supervise its last layer only."""
+
+    def loss(self, model: nn.Module, images: Tensor, labels: list[dict[str, Tensor]]) -> Tensor:
+        return self.losses(model, images, labels)[0]
+
     def config(self, **settings: Any) -> FDRConfig:
         return FDRConfig(**{**self.settings, **settings})
+
+    def fdr(self, model: nn.Module) -> nn.Module:
+        return model.get_submodule(f"{self.decoder}.fdr")
 
     def __str__(self) -> str:
         return self.name
 
 
-HOSTS = [
-    Host("rt-detr", _rt_detr, weighted_loss_dict=True),
-    Host("rt-detr-v2", _rt_detr_v2, weighted_loss_dict=True),
-    Host("deformable-detr-two-stage", lambda: _deformable_detr(True, True), False, checkpointing=True),
-    Host("deformable-detr-refine", lambda: _deformable_detr(False, True), False, checkpointing=True),
-    Host(
-        "deformable-detr-plain",
-        lambda: _deformable_detr(False, False),
-        False,
-        settings={"box_refinement": True},
-        checkpointing=True,
-    ),
-]
-
-
-def build(host: Host, seed: int = 0) -> PreTrainedModel:
+def build(host: Host, seed: int = 0) -> nn.Module:
     """The host with random weights, spread so that no head, norm or class sits at a special value."""
     torch.manual_seed(seed)
     model = host.build()
     with torch.no_grad():
         for module in model.modules():
-            if isinstance(module, torch.nn.BatchNorm2d):
+            if isinstance(module, nn.BatchNorm2d):
                 module.weight.uniform_(0.5, 1.5)
         for name, parameter in model.named_parameters():
             if "bbox" in name or "class_embed" in name:
@@ -132,16 +70,18 @@ def build(host: Host, seed: int = 0) -> PreTrainedModel:
     return model.eval()
 
 
-def randomise_fdr(model: PreTrainedModel, seed: int = 1, scale: float = 0.3) -> None:
+def randomise_fdr(host: Host, model: nn.Module, seed: int = 1, scale: float = 0.3) -> None:
     """Move the FDR head off its zeros, as training would."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.model.decoder.fdr.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter) * scale)
+        for parameter in host.fdr(model).parameters():
+            # alike for any width: what a wide layer sums up must not grow with it
+            spread = scale * min(1.0, (32 / parameter.shape[-1]) ** 0.5)
+            parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter) * spread)
 
 
 def images(batch: int = 2, seed: int = 2) -> Tensor:
-    """``(B, 3, H, W)`` noise."""
+    """``(B, 3, H, W)`` noise in [0, 1]."""
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(batch, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
 
@@ -162,3 +102,42 @@ def labels(counts: tuple[int, ...] = (2, 3), seed: int = 3) -> list[dict[str, Te
         }
         for count in counts
     ]
+
+
+def wrapped(host: Host, seed: int = 0) -> nn.Module:
+    """A wrapped host whose FDR head has left its zeros."""
+    model = wrap_decoder(build(host, seed), host.config())
+    randomise_fdr(host, model)
+    return model
+
+
+def train_step(host: Host, model: nn.Module, rate: float = 1e-3) -> float:
+    """One step of normalised gradient descent; the loss before it."""
+    model.train()
+    torch.manual_seed(11)
+    loss = host.loss(model, images(), labels())
+    loss.backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter -= rate * parameter.grad / parameter.grad.norm().clamp(min=1)
+                parameter.grad = None
+    model.eval()
+    return loss.item()
+
+
+@torch.no_grad()
+def predict(host: Host, model: nn.Module) -> tuple[Tensor, ...]:
+    return host.predict(model, images())
+
+
+def assert_equal(host: Host, first: nn.Module, second: nn.Module) -> None:
+    for a, b in zip(predict(host, first), predict(host, second), strict=True):
+        assert torch.equal(a, b)
+
+
+def idle_parameters(host: Host, counts: tuple[int, ...] = (2, 3)) -> set[str]:
+    """What the bare host itself leaves without a gradient."""
+    model = build(host).train()
+    host.loss(model, images(), labels(counts)).backward()
+    return {name for name, p in model.named_parameters() if p.requires_grad and p.grad is None}

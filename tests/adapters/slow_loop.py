@@ -1,11 +1,12 @@
 """An own, slow account of what a wrapped host computes, from the design's formulas.
 
-It shares the host's layers and heads with the adapter and nothing else: boxes, distributions, matching (torchvision's
+It shares the hosts' layers and heads with the adapters and nothing else: boxes, distributions, matching (torchvision's
 IoUs, scipy's solver), the union, and every loss are written out here, most of them pair by pair.
 """
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +16,6 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torchvision.ops import box_convert, generalized_box_iou
 from torchvision.ops import box_iou as pairwise_iou
-from transformers import PreTrainedModel
-
-from dfine_plugin import FDRConfig
 
 Pairs = list[list[tuple[int, int]]]
 
@@ -42,72 +40,54 @@ class Predictions:
         )
 
 
-def isig(x: Tensor) -> Tensor:
+def isig(x: Tensor, eps: float = 1e-5) -> Tensor:
     x = x.clamp(0, 1)
-    return torch.log(x.clamp(min=1e-5)) - torch.log((1 - x).clamp(min=1e-5))
+    return torch.log(x.clamp(min=eps)) - torch.log((1 - x).clamp(min=eps))
 
 
-def refine(model: PreTrainedModel, inputs: dict[str, Any]) -> Predictions:
-    """The decoder's loop by the design, section 1, from the inputs that the host's model gave its decoder."""
-    decoder = model.model.decoder
-    config: FDRConfig = decoder.fdr.config
-    is_deformable = "valid_ratios" in inputs
-    inputs = dict(inputs)
-    hidden = inputs.pop("inputs_embeds")
-    reference = inputs.pop("reference_points")
-    if is_deformable:
-        ratios = inputs.pop("valid_ratios")
-        class_heads = model.class_embed
-    else:
-        reference = torch.sigmoid(reference)
-        class_heads = decoder.class_embed
-    w_of_n = config.bin_values().tolist()
+class SlowFDR:
+    """The refinement of the design's section 1, layer by layer, with the weights of an FDR head."""
 
-    out = Predictions([], [], [], torch.empty(0), torch.empty(0))
-    z: Tensor | float = 0.0
-    previous: Tensor | float = 0.0
-    for index, layer in enumerate(decoder.layers):
-        if is_deformable:
-            scale = torch.cat([ratios, ratios], -1) if reference.shape[-1] == 4 else ratios
-            hidden = layer(hidden, reference_points=reference[:, :, None] * scale[:, None], **inputs)
-        else:
-            position = decoder.query_pos_head(reference)
-            hidden = layer(
-                hidden,
-                object_queries_position_embeddings=position,
-                reference_points=reference.unsqueeze(2),
-                **inputs,
-            )
+    def __init__(self, fdr: Any) -> None:
+        self.fdr, self.config = fdr, fdr.config
+        self.w_of_n = self.config.bin_values().tolist()
+        self.out = Predictions([], [], [], torch.empty(0), torch.empty(0))
+        self.z: Tensor | float = 0.0
+        self.previous: Tensor | float = 0.0
+
+    def layer(
+        self, hidden: Tensor, delta: Callable[[Tensor], Tensor], reference: Tensor, eps: float, logits: Tensor
+    ) -> Tensor:
+        """Refine by the next layer: from what its box head is fed, ``(B, Q, C)``, and its class logits; its box."""
+        index = len(self.out.boxes)
         if index == 0:
-            delta = decoder.bbox_embed[0](hidden)
+            shift = isig(reference, eps)
             if reference.shape[-1] == 2:
-                initial = torch.cat([delta[..., :2] + isig(reference), delta[..., 2:]], -1).sigmoid()
+                moved = delta(hidden)
+                initial = torch.cat([moved[..., :2] + shift, moved[..., 2:]], -1).sigmoid()
             else:
-                initial = (delta + isig(reference)).sigmoid()
-            out.initial_boxes = initial
-            cx, cy, w, h = initial.detach().unbind(-1)
-        z = z + decoder.fdr.refine[index](hidden + previous).reshape(*hidden.shape[:2], 4, len(w_of_n))
-        previous = hidden.detach()
-        probability = torch.softmax(z, -1)
-        left, top, right, bottom = sum(w_of_n[n] * probability[..., n] for n in range(len(w_of_n))).unbind(-1)
+                initial = (delta(hidden) + shift).sigmoid()
+            self.out.initial_boxes, self.out.initial_logits = initial, logits
+        cx, cy, w, h = self.out.initial_boxes.detach().unbind(-1)
+        residual = self.fdr.refine[index](hidden + self.previous)
+        self.z = self.z + residual.reshape(*hidden.shape[:2], 4, len(self.w_of_n))
+        self.previous = hidden.detach()
+        probability = torch.softmax(self.z, -1)
+        offsets = sum(self.w_of_n[n] * probability[..., n] for n in range(len(self.w_of_n)))
+        left, top, right, bottom = offsets.unbind(-1)
         x0, x1 = cx - w / 2 - left * w, cx + w / 2 + right * w
         y0, y1 = cy - h / 2 - top * h, cy + h / 2 + bottom * h
         sides = torch.stack([x1 - x0, y1 - y0], -1)
         held = torch.where(sides < 1e-5, 1e-5 + (sides - sides.detach()), sides)  # the value stops, the gradient not
         box = torch.stack([(x0 + x1) / 2, (y0 + y1) / 2, *held.unbind(-1)], -1)
-        reference = box.detach()
-
-        logits = F.linear(hidden, class_heads[index].weight, class_heads[index].bias)
-        if index == 0:
-            out.initial_logits = logits
-        if config.lqe:
+        if self.config.lqe:
             top4 = probability.sort(-1, descending=True).values[..., :4]
             shape = torch.cat([top4, top4.mean(-1, keepdim=True)], -1)
-            logits = logits + decoder.fdr.quality[index](shape.reshape(*shape.shape[:2], -1))
-        out.boxes.append(box)
-        out.logits.append(logits)
-        out.corner_logits.append(z)
-    return out
+            logits = logits + self.fdr.quality[index](shape.reshape(*shape.shape[:2], -1))
+        self.out.boxes.append(box)
+        self.out.logits.append(logits)
+        self.out.corner_logits.append(self.z)
+        return box
 
 
 def xyxy(boxes: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from transformers import DeformableDetrForObjectDetection, DFineConfig, DFineFor
 from dfine_plugin import InvalidTargetError, NonFiniteError, UnsupportedModelError, register_adapter, wrap_decoder
 from dfine_plugin.record import current_scope
 
-from .hosts import HOSTS, Host, build, images, labels
+from .hosts import Host, build, images, labels
 
 
 def wrapped(host: Host) -> nn.Module:
@@ -16,7 +16,8 @@ def wrapped(host: Host) -> nn.Module:
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_wrong_targets_are_named_by_image_and_value(host: Host, training: bool) -> None:
+def test_wrong_targets_are_named_by_image_and_value(transformers_host: Host, training: bool) -> None:
+    host = transformers_host
     model = wrapped(host).train(training)
     for spoil, message in [
         (lambda t: t["class_labels"].fill_(7), r"image 1, truth 0: label 7 is out of range for 3 classes"),
@@ -36,8 +37,24 @@ def test_wrong_targets_are_named_by_image_and_value(host: Host, training: bool) 
     assert torch.isfinite(model(images(), labels=labels()).loss)
 
 
-def test_positional_labels_are_checked_too(host: Host) -> None:
-    model = wrapped(host)
+def test_wrong_instances_are_named_by_image_and_value(detrex_host: Host) -> None:
+    model = wrapped(detrex_host).train()
+    for spoil, message in [
+        (lambda t: t["class_labels"].fill_(7), r"image 1, truth 0: label 7 is out of range for 3 classes"),
+        (lambda t: t["class_labels"].fill_(-1), r"image 1, truth 0: label -1 is out of range"),
+        (lambda t: t["boxes"].mul_(640), r"image 1, truth 0: box \[.*\] looks like pixels"),
+        (lambda t: t["boxes"][2, 3].zero_(), r"image 1, truth 2: box \[.*\] .* has no area"),
+        (lambda t: t["boxes"][1, 0].fill_(float("nan")), r"image 1, truth 1: box \[nan.*\] is not finite"),
+    ]:
+        targets = labels()
+        spoil(targets[1])
+        with pytest.raises(InvalidTargetError, match=message):
+            detrex_host.loss(model, images(), targets)
+    assert torch.isfinite(detrex_host.loss(model, images(), labels()))
+
+
+def test_positional_labels_are_checked_too(transformers_host: Host) -> None:
+    model = wrapped(transformers_host)
     targets = labels()
     targets[0]["class_labels"].fill_(9)
     count = 7 if isinstance(model, DeformableDetrForObjectDetection) else 5
@@ -50,23 +67,23 @@ def test_non_finite_predictions_are_named_by_layer(host: Host, part: str) -> Non
     model = wrapped(host).train()
     with torch.no_grad():
         if part == "boxes":
-            model.model.decoder.fdr.refine[1][-1].bias[5] = float("nan")
+            host.fdr(model).refine[1][-1].bias[5] = float("nan")
         else:
-            heads = model.class_embed if host.name.startswith("deformable") else model.model.decoder.class_embed
-            heads[1].bias[0] = float("inf")
+            heads = model.model.decoder.class_embed if host.name.startswith("rt-detr") else model.class_embed
+            (heads[1] if isinstance(heads, nn.ModuleList) else heads).bias[0] = float("inf")
     with pytest.raises(NonFiniteError, match=f"not finite: .*{part} of decoder layer [12]"):
-        model(images(), labels=labels())
+        host.loss(model, images(), labels())
 
 
 def test_nothing_is_left_after_an_exception(host: Host) -> None:
-    model = wrapped(host)
+    model = wrapped(host).train()
     with pytest.raises(InvalidTargetError):
-        model(images(), labels=[{"class_labels": torch.tensor([9]), "boxes": torch.rand(1, 4)}] * 2)
-    with pytest.raises(ValueError, match="unpack"):  # the host's own
-        model(images()[:, :, None], labels=labels())
+        host.loss(model, images(), [{"class_labels": torch.tensor([9]), "boxes": torch.rand(1, 4)}] * 2)
+    with pytest.raises((ValueError, RuntimeError, TypeError)):  # the host's own
+        host.loss(model, images()[:, :2], labels())
     with pytest.raises(RuntimeError, match="within that model's forward"):
         current_scope()
-    model(images())
+    host.loss(model, images(), labels())
     with pytest.raises(RuntimeError, match="within that model's forward"):
         current_scope()
 
@@ -104,16 +121,26 @@ def test_d_fine_has_fdr_already() -> None:
         wrap_decoder(model)
 
 
-def test_a_host_without_box_refinement_needs_consent() -> None:
-    plain = next(host for host in HOSTS if host.name == "deformable-detr-plain")
-    model = build(plain)
+def test_a_host_without_box_refinement_needs_consent(host: Host) -> None:
+    model = build(host)
+    if not host.settings:
+        wrap_decoder(model)
+        return
     before = list(model.state_dict())
     with pytest.raises(UnsupportedModelError, match="box_refinement=True"):
         wrap_decoder(model)
     assert list(model.state_dict()) == before
 
 
-def test_a_loss_function_of_the_users_own_is_not_silently_dropped(host: Host) -> None:
+def test_a_criterion_of_the_users_own_is_not_silently_dropped(detrex_host: Host) -> None:
+    model = build(detrex_host)
+    model.criterion.__class__ = type("Mine", (type(model.criterion),), {})
+    with pytest.raises(UnsupportedModelError, match=r"has a Mine where .*Criterion is expected"):
+        wrap_decoder(model, detrex_host.config())
+
+
+def test_a_loss_function_of_the_users_own_is_not_silently_dropped(transformers_host: Host) -> None:
+    host = transformers_host
     model = build(host)
     model.loss_function = lambda *args, **kwargs: None
     with pytest.raises(UnsupportedModelError, match="loss_function of its own"):
@@ -124,7 +151,7 @@ def test_subclasses_of_a_host_find_its_adapter(host: Host) -> None:
     model = build(host)
     model.__class__ = type("Mine", (type(model),), {})
     wrap_decoder(model, host.config())
-    assert torch.isfinite(model(images(), labels=labels()).loss)
+    assert torch.isfinite(host.loss(model.train(), images(), labels()))
 
 
 def test_another_packages_adapter_is_found() -> None:

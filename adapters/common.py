@@ -1,0 +1,186 @@
+"""What the adapters share, whatever the library: swapped modules, seeding, and the criterion that takes the union."""
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from dfine_plugin.config import FDRConfig
+from dfine_plugin.criterion import box_losses, distribution_losses, mean_over_processes
+from dfine_plugin.matching import GOLSDMatcher, Pairs, union_matching
+from dfine_plugin.record import FDRRecord
+from dfine_plugin.validation import check_finite
+
+Host = Any
+"""A host model whose parts are found by their names, which differ from host to host: beyond a type checker."""
+
+
+@dataclass
+class Retired:
+    """What wrapping took out of a host, for :meth:`~dfine_plugin.registry.Adapter.detach` to put back.
+
+    Attributes:
+        modules: the box heads that the FDR head replaces, by their dotted names in the model.
+        attributes: what was replaced as a whole (such as a ModuleList, or None where there was none), by dotted name.
+        classes: the host's classes of modules that became another class, by their dotted names.
+        load_hook: what seeds the model from a baseline's state dict.
+    """
+
+    modules: dict[str, nn.Module] = field(default_factory=dict)
+    attributes: dict[str, Any] = field(default_factory=dict)
+    classes: dict[str, type[nn.Module]] = field(default_factory=dict)
+    load_hook: Any = None
+
+    def replace(self, model: Host, name: str, value: Any) -> None:
+        """Set the model's attribute of this dotted name, and keep what it was."""
+        parent, _, attribute = name.rpartition(".")
+        owner = model.get_submodule(parent)
+        self.attributes[name] = getattr(owner, attribute)
+        setattr(owner, attribute, value)
+
+    def recast(self, model: Host, name: str, twin: type[nn.Module]) -> None:
+        """:func:`recast` the model's module of this dotted name, and keep the class it was of."""
+        self.classes[name] = recast(model.get_submodule(name), twin)
+
+    def restore(self, model: Host, like: Tensor) -> None:
+        """Put everything back. The retired heads follow a move of the model, to the device and dtype of ``like``."""
+        for module in self.modules.values():
+            module.to(like).train(model.training)
+        for name, value in self.attributes.items():
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, value)
+        for name, host_class in self.classes.items():
+            recast(model.get_submodule(name), host_class)
+
+
+def recast(module: nn.Module, twin: type[nn.Module]) -> type[nn.Module]:
+    """Turn a module into an instance of a class with another forward, in place, and return the class it had.
+
+    Its parameters, hooks and place in the model stay; and copies and pickles behave, for a class is no closure.
+    """
+    former = type(module)
+    module.__class__ = twin
+    return former
+
+
+def sharing_copy(module: nn.Module) -> Any:
+    """A second module of the same class with the same submodules and parameters."""
+    twin = copy.copy(module)
+    twin._modules = dict(module._modules)
+    return twin
+
+
+def seed_from_baseline(
+    state_dict: dict[str, Any], prefix: str, model: Host, retired: Retired, head: str, ties: Iterable[tuple[str, str]]
+) -> None:
+    """Before a state dict is loaded: if it is a baseline's, hand over what a strict load would stumble on.
+
+    A baseline has no FDR parameters, which stay as they are, and box heads that the wrapped model has retired, which
+    go to where they are kept for unwrapping. All else, the first box head too, loads under its own name.
+
+    Args:
+        state_dict: what is about to be loaded, changed in place.
+        prefix: of all its keys.
+        model: the wrapped model.
+        retired: its retired heads.
+        head: the dotted name of the FDR head in the model.
+        ties: pairs of names of one parameter; a state dict may have one of the two.
+    """
+    marker = f"{prefix}{head}."
+    if any(key.startswith(marker) for key in state_dict):
+        return
+    for name, module in retired.modules.items():
+        for key, parameter in module.state_dict(prefix=f"{prefix}{name}.").items():
+            if key in state_dict:
+                parameter.copy_(state_dict.pop(key))
+    for first, second in ties:
+        for missing, present in ((first, second), (second, first)):
+            if prefix + present in state_dict:
+                state_dict.setdefault(prefix + missing, state_dict[prefix + present])
+    own = model.state_dict(prefix=prefix)
+    state_dict.update({key: value for key, value in own.items() if key.startswith(marker)})
+
+
+def check_sets(layers: list[dict[str, Tensor]], others: Mapping[str, dict[str, Tensor]]) -> None:
+    """:func:`check_finite` of the decoder layers' and other prediction sets, under names that tell them."""
+    sets = {**{f"decoder layer {i}": outputs for i, outputs in enumerate(layers, start=1)}, **others}
+    check_finite({f"{key} of {name}": tensor for name, outputs in sets.items() for key, tensor in outputs.items()})
+
+
+def rename_suffixes(losses: Mapping[str, Tensor], suffixes: Mapping[str, str]) -> dict[str, Tensor]:
+    """A loss dict whose keys that end in a key of ``suffixes`` end in its value instead; the first that fits."""
+
+    def renamed(key: str) -> str:
+        for suffix, name in suffixes.items():
+            if key.endswith(suffix):
+                return key.removesuffix(suffix) + name
+        return key
+
+    return {renamed(key): value for key, value in losses.items()}
+
+
+class UnionCriterion(nn.Module):
+    """Mixin before a host's criterion: box losses of the matched sets over the union, and the same criterion otherwise.
+
+    Call :meth:`match` with all sets first, then the criterion itself, then :meth:`distribution_losses`. Sets that were
+    not matched (denoising) keep their own pairs. An instance serves one step.
+    """
+
+    matcher: Any
+    logits_key = "logits"
+
+    def match(self, sets: list[tuple[dict[str, Tensor], list[dict[str, Tensor]]]], config: FDRConfig) -> None:
+        """Match prediction sets of the same queries by the host's matcher, and form their union if the config wants it.
+
+        Args:
+            sets: prediction sets with their targets.
+            config: whether there is a union.
+        """
+        self.matcher = GOLSDMatcher(self.matcher)
+        matches = [self.distinct(self.matcher(outputs, targets), targets) for outputs, targets in sets]
+        self.united = [outputs["pred_boxes"] for outputs, _ in sets]
+        # for each boxes tensor the pairs and the normaliser that its box losses were taken with
+        self.taken: dict[int, tuple[Pairs, float | Tensor]] = {}
+        self.pairs: Pairs | None = None
+        if config.union:
+            self.pairs = union_matching(matches)
+            count = sum(len(queries) for queries, _ in self.pairs)
+            self.num_pairs = mean_over_processes(count, self.united[0].device)
+
+    def distinct(self, pairs: Pairs, targets: list[dict[str, Tensor]]) -> Pairs:
+        """The pairs with one index for each truth, where a host repeats its truths."""
+        return pairs
+
+    def get_loss(self, loss, outputs, targets, indices, num_boxes, **kwargs):
+        if loss == "boxes":
+            boxes = outputs["pred_boxes"]
+            if self.pairs is not None and any(boxes is member for member in self.united):
+                indices, num_boxes = self.pairs, self.num_pairs
+            self.taken[id(boxes)] = indices, num_boxes
+            return box_losses(boxes, [target["boxes"] for target in targets], indices, num_boxes)
+        return super().get_loss(loss, outputs, targets, indices, num_boxes, **kwargs)  # type: ignore[misc]
+
+    def distribution_losses(
+        self,
+        record: FDRRecord,
+        sets: list[dict[str, Tensor]],
+        targets: list[dict[str, Tensor]],
+        config: FDRConfig,
+        over_processes: bool = True,
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """FGL and DDF of a group of queries, over the pairs of their box losses, after the criterion has run.
+
+        Args:
+            record: their predictions, layer by layer.
+            sets: the layers' prediction sets, in order.
+            targets: as the criterion takes them.
+            config: temperature, and whether there is DDF.
+            over_processes: see :func:`~dfine_plugin.criterion.distribution_losses`; not for queries that only some
+                processes may have.
+        """
+        truths = [target["boxes"] for target in targets]
+        pairs = [self.taken[id(outputs["pred_boxes"])][0] for outputs in sets]
+        num_boxes = self.taken[id(sets[-1]["pred_boxes"])][1]
+        return distribution_losses(record, sets[-1][self.logits_key], truths, pairs, num_boxes, config, over_processes)

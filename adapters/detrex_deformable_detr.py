@@ -1,0 +1,25 @@
+"""detrex's Deformable-DETR: two-stage, with box refinement, and plain by explicit consent."""
+
+from typing import ClassVar
+
+from projects.deformable_detr.modeling import DeformableCriterion, DeformableDetrTransformerDecoder
+
+from dfine_plugin.registry import register_adapter
+
+from . import detrex_common as common
+
+
+class FDRDeformableDetrDecoder(common.RefiningDecoder, DeformableDetrTransformerDecoder):
+    """The host's decoder, refining distributions."""
+
+
+class GOLSDDeformableCriterion(common.GOLSDCriterion, DeformableCriterion):
+    """The host's criterion, fed with the union. Its encoder set holds every token, so it keeps its own pairs."""
+
+
+@register_adapter("projects.deformable_detr.modeling.deformable_detr.DeformableDETR")
+class DeformableDetrAdapter(common.DetrexAdapter):
+    """Deformable-DETR."""
+
+    decoder_classes: ClassVar = {DeformableDetrTransformerDecoder: FDRDeformableDetrDecoder}
+    criterion_classes: ClassVar = {DeformableCriterion: GOLSDDeformableCriterion}

@@ -1,0 +1,134 @@
+"""Parts for hosts whose model computes each level's box a second time, from the decoder's hidden states and references.
+
+Such a model reports ``sigmoid(box_head(hidden) + isig(reference))``. Its box heads give way to heads that look the
+refined box up in the forward's record and return ``logit(box) - isig(reference)``, with the very references that the
+model will add. Deployed, no record travels: the decoder returns its last level only, with the box and the quality as
+further channels of the hidden states.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dfine_plugin.boxes import straight_through_clamp
+from dfine_plugin.record import current_record
+
+from .common import Host, Retired, recast, sharing_copy
+
+LOGIT_EPS = 1e-5
+"""The host reports sigmoids, which reach neither 0 nor 1: boxes are held this far inside."""
+
+
+def logit(boxes: Tensor) -> Tensor:
+    """The logits whose sigmoids are the boxes; what lies outside ``(0, 1)`` keeps its gradient."""
+    held = straight_through_clamp(boxes, LOGIT_EPS, 1 - LOGIT_EPS)
+    return torch.log(held / (1 - held))
+
+
+def four(centres_or_boxes: Tensor) -> Tensor:
+    """The logits of a reference as ``(..., 4)``: a 2-d one moves the centre only."""
+    return F.pad(centres_or_boxes, (0, 2)) if centres_or_boxes.shape[-1] == 2 else centres_or_boxes
+
+
+class RecordedBoxHead(nn.Module):
+    """In place of the model's box head of one level: the level's refined box, as the delta the model expects.
+
+    The first one is the host's own recast, for it holds the second name of the parameters that the decoder computes the
+    initial boxes with.
+    """
+
+    level: int
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        record = current_record()
+        return logit(record.boxes[self.level]) - record.reference_logits[self.level]
+
+
+class RecordedClassifier(nn.Linear):
+    """The host's class head of one level, with the record's location quality added to its logits."""
+
+    level: int
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        logits = super().forward(hidden_states)
+        record = current_record()
+        if self.level == 0:
+            record.initial_logits = logits
+        if not record.quality_logits:
+            return logits
+        return logits + record.quality_logits[self.level].to(logits.dtype)
+
+
+class DeployedBoxHead(nn.Module):
+    """Takes the box delta out of the channels that a deployed decoder adds to its hidden states."""
+
+    def __init__(self, hidden_dim: int) -> None:
+        super().__init__()
+        self.hidden_dim = hidden_dim
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        # a copy: hosts add references to it in place
+        return hidden_states[..., self.hidden_dim : self.hidden_dim + 4].clone()
+
+
+class DeployedClassifier(nn.Linear):
+    """The host's last class head on the hidden channels, with the quality of the channels behind the box added."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        hidden, _, quality = hidden_states.tensor_split([self.in_features, self.in_features + 4], dim=-1)
+        logits = super().forward(hidden)
+        return logits + quality if quality.shape[-1] else logits
+
+
+def with_channels(hidden_states: Tensor, box_delta: Tensor, quality_logits: Sequence[Tensor]) -> Tensor:
+    """What :class:`DeployedBoxHead` and :class:`DeployedClassifier` read: hidden states with box and quality behind."""
+    further = (box_delta, *quality_logits[-1:])
+    return torch.cat([hidden_states, *(part.to(hidden_states.dtype) for part in further)], dim=-1)
+
+
+def level_heads(heads: Sequence[nn.Module], twin: type[nn.Module]) -> list[Any]:
+    """For each level a copy of its head that shares its parameters, of another class that knows its level."""
+    twins = [sharing_copy(head) for head in heads]
+    for level, head in enumerate(twins):
+        recast(head, twin)
+        head.level = level
+    return twins
+
+
+def replace_heads(model: Host, decoder: str, num_layers: int, decoder_heads: list[nn.Module], retired: Retired) -> None:
+    """Retire the box heads after the first one, and let the model's heads look up what the decoder has recorded.
+
+    Model and decoder get lists of their own: many hosts let them share one. What follows the levels' heads in a list
+    (the encoder's proposal head) stays.
+
+    Args:
+        model: the host, with ``bbox_embed`` and ``class_embed``.
+        decoder: the dotted name of its decoder, whose own ``bbox_embed`` may be None.
+        num_layers: L.
+        decoder_heads: the L box heads that the decoder gets; the first holds the host's first head's parameters.
+        retired: takes note.
+    """
+    boxes, classes, own = model.bbox_embed, model.class_embed, model.get_submodule(decoder).bbox_embed
+    recorded = level_heads(boxes[:1], RecordedBoxHead)
+    for level in range(1, num_layers):
+        retired.modules[f"bbox_embed.{level}"] = boxes[level]
+        if own is not None:
+            retired.modules[f"{decoder}.bbox_embed.{level}"] = own[level]
+        recorded.append(RecordedBoxHead())
+        recorded[-1].level = level
+    encoder = [] if own is None else own[num_layers:]
+    labels = level_heads(classes[:num_layers], RecordedClassifier)
+    retired.replace(model, f"{decoder}.bbox_embed", nn.ModuleList([*decoder_heads, *encoder]))
+    retired.replace(model, "bbox_embed", nn.ModuleList([*recorded, *boxes[num_layers:]]))
+    retired.replace(model, "class_embed", nn.ModuleList([*labels, *classes[num_layers:]]))
+
+
+def replace_heads_by_deployed(model: Host, num_layers: int) -> None:
+    """Leave the model one level: heads that read what :func:`with_channels` gives them."""
+    classifier = model.class_embed[num_layers - 1]
+    recast(classifier, DeployedClassifier)
+    model.class_embed = nn.ModuleList([classifier])
+    model.bbox_embed = nn.ModuleList([DeployedBoxHead(classifier.in_features)])

@@ -1,0 +1,115 @@
+"""Small hosts on images of 160 px: to train a config for some steps, or a detector from scratch, on a CPU."""
+
+from pathlib import Path
+from typing import Any
+
+import detectron2.data.transforms as T
+from detectron2.config import LazyCall as L
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import load_coco_json
+from detectron2.layers import ShapeSpec
+from detectron2.modeling.backbone import BasicStem, ResNet
+from detectron2.modeling.backbone.resnet import BasicBlock
+from omegaconf import DictConfig
+from torch import nn
+
+WIDTH = 256
+"""detrex's hosts compute the queries' positions for this width, whatever their configs say."""
+CHANNELS = {"res2": 16, "res3": 32, "res4": 64, "res5": 128}
+
+
+def tiny_backbone(out_features: list[str], norm: str) -> nn.Module:
+    """A ResNet of one basic block a stage, 16 to 128 channels wide."""
+    stages, before = [], CHANNELS["res2"]
+    for name, channels in CHANNELS.items():
+        stages.append(
+            ResNet.make_stage(
+                BasicBlock,
+                1,
+                in_channels=before,
+                out_channels=channels,
+                norm=norm,
+                stride_per_block=[1 if name == "res2" else 2],
+            )
+        )
+        before = channels
+    stem = BasicStem(in_channels=3, out_channels=CHANNELS["res2"], norm=norm)
+    return ResNet(stem, stages, out_features=list(out_features), freeze_at=0)
+
+
+def shrink(model: DictConfig, num_classes: int = 3, num_queries: int = 30, num_layers: int = 3) -> DictConfig:
+    """detrex's config of a host with a tiny backbone, few layers and few queries, on the CPU; in place.
+
+    It trains from scratch: batch norm in the backbone, nothing frozen, no dropout.
+
+    Args:
+        model: the LazyCall of a host.
+        num_classes: of the data.
+        num_queries: matched queries; a hybrid host gets as many again for its one-to-many branch.
+        num_layers: of the decoder; the encoder has one.
+    """
+    single_level = "in_features" in model
+    features = ["res5"] if single_level else ["res3", "res4", "res5"]
+    model.backbone = L(tiny_backbone)(out_features=features, norm="BN")
+    model.position_embedding.num_pos_feats = WIDTH // 2
+    if single_level:
+        model.in_features, model.in_channels = features, CHANNELS["res5"]
+    else:
+        model.neck.input_shapes = {name: ShapeSpec(channels=CHANNELS[name]) for name in features}
+        model.neck.out_channels = WIDTH
+        model.neck.num_outs = len(features)
+        model.neck.norm_layer.num_groups, model.neck.norm_layer.num_channels = 8, WIDTH
+        model.transformer.num_feature_levels = len(features)
+    for part, layers in (("encoder", 1), ("decoder", num_layers)):
+        transformer = model.transformer[part]
+        transformer.embed_dim, transformer.num_heads, transformer.num_layers = WIDTH, 4, layers
+        transformer.feedforward_dim, transformer.attn_dropout, transformer.ffn_dropout = WIDTH, 0.0, 0.0
+    model.embed_dim = WIDTH
+    model.num_classes = model.criterion.num_classes = num_classes
+    if "num_queries_one2many" in model:
+        model.num_queries_one2one, model.num_queries_one2many, model.k_one2many = num_queries, num_queries, 2
+        model.transformer.two_stage_num_proposals = 2 * num_queries
+    else:
+        model.num_queries = num_queries
+        if "two_stage_num_proposals" in model.transformer:
+            model.transformer.two_stage_num_proposals = num_queries
+    if "dn_number" in model:
+        model.dn_number = 10
+    model.select_box_nums_for_evaluation = num_queries
+    model.device = "cpu"
+    return model
+
+
+def register_coco_folder(folder: str, split: str) -> str:
+    """The name under which detectron2 knows the split of a COCO-format folder, registered at the first call.
+
+    Args:
+        folder: holds ``images`` and ``instances_<split>.json``.
+        split: such as ``"train"``.
+    """
+    name = f"{Path(folder).name}_{split}"
+    if name not in DatasetCatalog.list():
+        annotations, images = str(Path(folder) / f"instances_{split}.json"), str(Path(folder) / "images")
+        DatasetCatalog.register(name, lambda: load_coco_json(annotations, images, name))
+        MetadataCatalog.get(name).set(json_file=annotations, image_root=images, evaluator_type="coco")
+    return name
+
+
+def debug(config: DictConfig, folder: str, image_size: int = 160, **sizes: Any) -> DictConfig:
+    """A host's config as a debug config: tiny, on a COCO-format folder, sixty steps on a CPU; in place."""
+    shrink(config.model, **sizes)
+    resize = L(T.ResizeShortestEdge)(short_edge_length=image_size, max_size=2 * image_size)
+    data = config.dataloader
+    data.train.dataset.names = L(register_coco_folder)(folder=folder, split="train")
+    data.test.dataset.names = L(register_coco_folder)(folder=folder, split="val")
+    data.evaluator.dataset_name = L(register_coco_folder)(folder=folder, split="val")
+    data.train.mapper.augmentation = [L(T.RandomFlip)(), resize]
+    data.train.mapper.augmentation_with_crop = None
+    data.test.mapper.augmentation = [resize]
+    data.train.num_workers = data.test.num_workers = 0
+    data.train.total_batch_size = 4
+    config.optimizer.lr = 1e-3
+    train = config.train
+    train.device, train.init_checkpoint, train.seed = "cpu", "", 0
+    train.max_iter, train.eval_period, train.checkpointer.period, train.log_period = 60, 60, 30, 10
+    return config

@@ -1,0 +1,87 @@
+"""The rows of detrex: its own configs at debug size. Nothing here imports detrex before a row is built."""
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .hosts import NUM_CLASSES, NUM_LAYERS, Host
+
+
+def missing() -> str | None:
+    """Why detrex cannot be tested here; None if it can."""
+    for package in ("detectron2", "detrex", "projects.dino.modeling"):
+        try:
+            if find_spec(package) is None:
+                raise ModuleNotFoundError
+        except ModuleNotFoundError:
+            return f"{package} is not installed (detrex's checkout has to be on PYTHONPATH)"
+    return None
+
+
+def batched_inputs(images: Tensor, labels: list[dict[str, Tensor]] | None = None) -> list[dict[str, Any]]:
+    """What detectron2's data loaders give a model."""
+    from detectron2.structures import Boxes, Instances
+
+    height, width = images.shape[-2:]
+    inputs: list[dict[str, Any]] = [{"image": image * 255, "height": height, "width": width} for image in images]
+    for entry, target in zip(inputs, labels or [], strict=bool(labels)):
+        centre, size = target["boxes"].split(2, dim=-1)
+        corners = torch.cat([centre - size / 2, centre + size / 2], dim=-1)
+        instances = Instances((height, width))
+        instances.gt_boxes = Boxes(corners)
+        # Boxes casts to float32
+        instances.gt_boxes.tensor = corners * corners.new_tensor([width, height, width, height])
+        instances.gt_classes = target["class_labels"].clone()
+        entry["instances"] = instances
+    return inputs
+
+
+class DetrexHost(Host):
+    """A model that takes detectron2's dicts, and returns weighted losses in training, Instances else."""
+
+    decoder = "transformer.decoder"
+
+    def losses(self, model: nn.Module, images: Tensor, labels: list[dict[str, Tensor]]) -> tuple[Tensor, dict]:
+        losses = model(batched_inputs(images, labels))
+        return sum(losses.values()), losses  # as detrex's trainer adds them up
+
+    def predict(self, model: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
+        instances = [result["instances"] for result in model(batched_inputs(images))]
+        return torch.stack([i.scores for i in instances]), torch.stack([i.pred_boxes.tensor for i in instances])
+
+    def without_auxiliary_losses(self, model: nn.Module) -> None:
+        model.aux_loss = False
+
+
+def _build(path: str, **changes: Any) -> nn.Module:
+    from detectron2.config import instantiate
+
+    from dfine_plugin.projects.common import detrex_config
+    from dfine_plugin.projects.debug import shrink
+
+    model = shrink(detrex_config(path).model, num_classes=NUM_CLASSES, num_queries=12, num_layers=NUM_LAYERS)
+    model.update(changes)
+    return instantiate(model)
+
+
+def _row(name: str, path: str, **settings: Any) -> DetrexHost:
+    return DetrexHost(f"detrex-{name}", lambda: _build(path), True, settings=settings)
+
+
+HOSTS = [
+    _row("deformable-detr-two-stage", "deformable_detr/configs/deformable_detr_r50_two_stage_50ep.py"),
+    _row("deformable-detr-refine", "deformable_detr/configs/deformable_detr_r50_with_box_refinement_50ep.py"),
+    _row("deformable-detr-plain", "deformable_detr/configs/deformable_detr_r50_50ep.py", box_refinement=True),
+    _row("h-deformable-detr", "h_deformable_detr/configs/h_deformable_detr_r50_two_stage_12ep.py"),
+    _row("dab-deformable-detr", "dab_deformable_detr/configs/dab_deformable_detr_r50_50ep.py"),
+    _row("dab-deformable-detr-two-stage", "dab_deformable_detr/configs/dab_deformable_detr_r50_two_stage_50ep.py"),
+    _row("dn-deformable-detr", "dn_deformable_detr/configs/dn_deformable_detr_r50_12ep.py"),
+    _row("dino", "dino/configs/dino-resnet/dino_r50_4scale_12ep.py"),
+    _row("dab-detr", "dab_detr/configs/dab_detr_r50_50ep.py"),
+    _row("dn-detr", "dn_detr/configs/dn_detr_r50_50ep.py"),
+]
+
+CUDA_ONLY = {"detrex-dino", "detrex-dn-detr"}
+"""Hosts whose training calls ``.cuda()``, whatever the device."""

@@ -1,0 +1,274 @@
+"""Boxes, losses and gradients of every wrapped host of detrex against the slow loop with the same weights.
+
+In float64: the hosts' own tensors are made in the default dtype.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dfine_plugin import FDRConfig, unwrap_decoder, wrap_decoder
+
+from . import slow_loop as slow
+from .detrex_hosts import batched_inputs
+from .gradients import assert_same_gradients
+from .hosts import Host, build, images, labels, randomise_fdr
+
+EPS = 1e-3  # of detrex's inverse_sigmoid
+
+
+@pytest.fixture
+def host(detrex_host: Host) -> Host:
+    return detrex_host
+
+
+@pytest.fixture(autouse=True)
+def in_double(detrex_host: Host, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    from detectron2.structures import Boxes
+
+    # on its way to the device a Boxes makes itself float32
+    monkeypatch.setattr(Boxes, "to", lambda boxes, device: boxes)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def reported(boxes: Tensor) -> Tensor:
+    """Boxes as a host can report them, by sigmoids: held inside the image by a hair, the gradient not."""
+    return torch.where((boxes - 0.5).abs() > 0.5 - 1e-5, boxes.clamp(1e-5, 1 - 1e-5) + boxes - boxes.detach(), boxes)
+
+
+def refine(host: Host, model: nn.Module, inputs: dict[str, Any]) -> slow.Predictions:
+    """The decoder's loop by the design, section 1, from the inputs that the host's transformer gave its decoder."""
+    inputs = dict(inputs)
+    if host.name in ("detrex-dab-detr", "detrex-dn-detr"):
+        return refine_queries_first(model, inputs)
+    from detrex.layers import get_sine_pos_embed
+
+    decoder = model.transformer.decoder
+    hidden, reference, ratios = inputs.pop("query"), inputs.pop("reference_points"), inputs.pop("valid_ratios")
+    fixed_position = inputs.pop("query_pos")
+    if reference.dim() == 2:
+        reference = reference.expand(len(hidden), -1, -1)
+    fdr = slow.SlowFDR(decoder.fdr)
+    for index, layer in enumerate(decoder.layers):
+        scale = torch.cat([ratios, ratios], -1) if reference.shape[-1] == 4 else ratios
+        scaled = reference[:, :, None] * scale[:, None]
+        extra = {}
+        position = fixed_position
+        if hasattr(decoder, "ref_point_head"):
+            extra["query_sine_embed"] = get_sine_pos_embed(scaled[:, :, 0, :])
+            position = decoder.ref_point_head(extra["query_sine_embed"])
+            if hasattr(decoder, "query_scale") and index > 0:
+                position = decoder.query_scale(hidden) * position
+        hidden = layer(hidden, query_pos=position, reference_points=scaled, **inputs, **extra)
+        normed = decoder.norm(hidden) if "dino" in host.name else hidden
+        logits = F.linear(normed, model.class_embed[index].weight, model.class_embed[index].bias)
+        box = fdr.layer(hidden, first_head(decoder.bbox_embed[0]), reference, EPS, logits)
+        reference = reported(box.detach())
+    return fdr.out
+
+
+def refine_queries_first(model: nn.Module, inputs: dict[str, Any]) -> slow.Predictions:
+    """The same for DAB-DETR and DN-DETR, whose decoders have queries before images."""
+    from detrex.layers import get_sine_pos_embed
+
+    decoder = model.transformer.decoder
+    hidden, anchors = inputs.pop("query"), inputs.pop("anchor_box_embed")
+    reference = anchors.sigmoid().transpose(0, 1)
+    half = decoder.embed_dim // 2
+    fdr = slow.SlowFDR(decoder.fdr)
+    for index, layer in enumerate(decoder.layers):
+        boxes = reference.transpose(0, 1)
+        sine = get_sine_pos_embed(boxes)
+        position = decoder.ref_point_head(sine)
+        sine = sine[..., : decoder.embed_dim]
+        if index > 0:
+            sine = sine * decoder.query_scale(hidden)
+        modulation = decoder.ref_anchor_head(hidden).sigmoid() / boxes[..., 2:]
+        sine = torch.cat([sine[..., :half] * modulation[..., 1:], sine[..., half:] * modulation[..., :1]], -1)
+        hidden = layer(hidden, query_pos=position, query_sine_embed=sine, is_first_layer=index == 0, **inputs)
+        normed = decoder.post_norm_layer(hidden).transpose(0, 1)
+        logits = F.linear(normed, model.class_embed.weight, model.class_embed.bias)
+        box = fdr.layer(hidden.transpose(0, 1), first_head(decoder.bbox_embed), reference, EPS, logits)
+        reference = reported(box.detach())
+    return fdr.out
+
+
+def first_head(head: nn.Module) -> Any:
+    """The host's three-layer perceptron, whatever it has been made part of."""
+
+    def forward(x: Tensor) -> Tensor:
+        *before, last = head.layers
+        for linear in before:
+            x = linear(x).relu()
+        return last(x)
+
+    return forward
+
+
+def run(host: Host, model: nn.Module, targets: list[dict[str, Tensor]]) -> tuple[dict, list[Any], slow.Predictions]:
+    """The adapter's weighted losses, what each call of the criterion was given, and the slow loop's predictions."""
+    given: dict[str, Any] = {}
+    calls: list[Any] = []
+    handles = [
+        model.transformer.decoder.register_forward_pre_hook(
+            lambda module, args, kwargs: given.update(kwargs), with_kwargs=True
+        ),
+        model.criterion.register_forward_pre_hook(lambda module, args: calls.append(args)),
+    ]
+    torch.manual_seed(5)
+    losses = model(batched_inputs(images(len(targets)), targets))
+    for handle in handles:
+        handle.remove()
+    return losses, calls, refine(host, model, given)
+
+
+def doubled(host: Host, config: FDRConfig) -> nn.Module:
+    model = wrap_decoder(build(host), config).train().double()
+    randomise_fdr(host, model)
+    model.position_embedding.register_forward_hook(lambda module, args, position: position.double())
+    return model
+
+
+def in_order(host: Host, calls: list[Any]) -> tuple[Tensor, Tensor]:
+    """Boxes and logits of the last layer over all the decoder's queries, as the model gave them to the criterion."""
+    outputs = [calls[0][0]]
+    known = outputs[0].get("denoising_output")
+    if len(calls[0]) > 2:
+        known = calls[0][2]["output_known_lbs_bboxes"]
+    if known is not None:
+        outputs.insert(0, known)
+    outputs += [call[0] for call in calls[1:]]
+    return torch.cat([o["pred_boxes"] for o in outputs], 1), torch.cat([o["pred_logits"] for o in outputs], 1)
+
+
+@pytest.mark.parametrize("lqe", [True, False], ids=["lqe", "no-lqe"])
+def test_boxes_and_logits_and_their_gradients(host: Host, lqe: bool) -> None:
+    model = doubled(host, host.config(lqe=lqe))
+    _, calls, expected = run(host, model, labels())
+    boxes, logits = in_order(host, calls)
+    wanted = reported(expected.boxes[-1])
+    torch.testing.assert_close(boxes, wanted, atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits, expected.logits[-1], atol=1e-5, rtol=0)
+    probe = torch.randn(boxes.shape, generator=torch.Generator().manual_seed(7))
+    assert_same_gradients(model, (boxes * probe).sum(), (wanted * probe).sum(), 1e-4)
+    assert_same_gradients(model, logits.square().mean(), expected.logits[-1].square().mean(), 1e-4)
+
+
+def known_pairs(counts: list[int], groups: int, padding: int) -> slow.Pairs:
+    return [[(group * padding + t, t) for group in range(groups) for t in range(count)] for count in counts]
+
+
+def slow_losses(
+    host: Host,
+    weights: dict[str, float],
+    calls: list[Any],
+    predictions: slow.Predictions,
+    truths: list[dict[str, Tensor]],
+    config: FDRConfig,
+) -> dict[str, Tensor]:
+    """Every term of the loss dict, weighted, under the host's names; ``weights`` are the bare host's."""
+    w_of_n = config.bin_values().double().tolist()
+    costs = {"class": 2.0, "bbox": 5.0, "giou": 2.0}
+    losses: dict[str, Tensor] = {}
+
+    def add_set(suffix: str, logits: Tensor, boxes: Tensor, targets: Any, own: Any, pairs: Any, n: float, m: float):
+        base = {k: weights.get(k + suffix, weights[k]) for k in ("loss_class", "loss_bbox", "loss_giou")}
+        losses["loss_class" + suffix] = base["loss_class"] * slow.focal(logits, targets, own, n)
+        for name, term in slow.box_terms(boxes, targets, pairs, m).items():
+            losses[name + suffix] = base[name] * term
+
+    def add_fdr(names: list[str], part: slow.Predictions, targets: Any, pairs_of: list, n: float) -> None:
+        for i, suffix in enumerate(names):
+            term = slow.fgl(part.corner_logits[i], part.boxes[i], part.initial_boxes, targets, pairs_of[i], n, w_of_n)
+            losses["loss_fgl" + suffix] = config.fgl_weight * term
+            if config.ddf and i < len(names) - 1:
+                term = slow.ddf(i, part, targets, pairs_of[i], config.temperature)
+                losses["loss_ddf" + suffix] = config.ddf_weight * term
+
+    def add_branch(part: slow.Predictions, targets: list, encoder: dict[str, Tensor] | None, tail: str) -> None:
+        num_layers = len(part.boxes)
+        suffixes = [f"_{i}" for i in range(num_layers - 1)] + [""]
+        sets = {s: (part.logits[i], reported(part.boxes[i])) for i, s in enumerate(suffixes)}
+        sets["_pre"] = (part.initial_logits, part.initial_boxes)
+        encoded = targets
+        decoded = "dino" in host.name or "dab" in host.name  # encoder sets of the decoder's queries
+        if encoder is not None:
+            sets["_enc"] = (encoder["pred_logits"], encoder["pred_boxes"])
+            if not decoded:
+                encoded = [{**t, "class_labels": t["class_labels"] * 0} for t in targets]
+        matches = {s: slow.match(*sets[s], encoded if s == "_enc" else targets, costs) for s in sets}
+        count = max(sum(len(t["boxes"]) for t in targets), 1)
+        candidates = [m for s, m in matches.items() if s != "_enc" or decoded]
+        if tail:  # the copies of a truth are one truth
+            lengths = [len(t["boxes"]) // 2 for t in targets]
+            candidates = [[[(q, t % n) for q, t in i] for i, n in zip(m, lengths, strict=True)] for m in candidates]
+        united = slow.union(candidates)
+        norm = max(sum(len(p) for p in united), 1)
+        for suffix, (logits, boxes) in sets.items():
+            take = config.union and (suffix != "_enc" or decoded)
+            own = matches[suffix]
+            goal = encoded if suffix == "_enc" else targets
+            add_set(suffix + tail, logits, boxes, goal, own, united if take else own, count, norm if take else count)
+        pairs_of = [united if config.union else matches[s] for s in suffixes]
+        add_fdr([s + tail for s in suffixes], part, targets, pairs_of, norm if config.union else count)
+
+    outputs = calls[0][0]
+    count = outputs["pred_boxes"].shape[1]
+    total = predictions.initial_boxes.shape[1]
+    if host.name == "detrex-h-deformable-detr":
+        repeated = [{k: t[k].repeat(2, *[1] * (t[k].dim() - 1)) for k in t} for t in truths]
+        add_branch(predictions.part(slice(0, count)), truths, outputs["enc_outputs"], "")
+        add_branch(predictions.part(slice(count, None)), repeated, None, "_one2many")
+        return losses
+    add_branch(predictions.part(slice(total - count, None)), truths, outputs.get("enc_outputs"), "")
+    if "dino" in host.name or "-dn-" in host.name:
+        meta = calls[0][2] if "dino" in host.name else outputs
+        counts = [len(t["boxes"]) for t in truths]
+        if "dino" in host.name:
+            groups, padding = meta["dn_num"], meta["single_padding"]
+        else:
+            groups, padding = int(meta["denoising_groups"]), int(meta["max_gt_num_per_image"])
+        known = known_pairs(counts, groups, padding)
+        part = predictions.part(slice(0, total - count))
+        n = max(sum(counts), 1) * groups
+        names = [*(f"_dn_{i}" for i in range(len(part.boxes) - 1)), "_dn"]
+        for i, suffix in enumerate(names):
+            add_set(suffix, part.logits[i], reported(part.boxes[i]), truths, known, known, n, n)
+        add_set("_dn_pre", part.initial_logits, part.initial_boxes, truths, known, known, n, n)
+        add_fdr(names, part, truths, [known] * len(names), n)
+    return losses
+
+
+@pytest.mark.parametrize(
+    ("settings", "counts"),
+    [
+        ({}, (2, 3)),
+        ({"union": False, "ddf": False, "lqe": False}, (2, 3)),
+        ({"weighting": "uniform", "num_bins": 16, "a": 0.25, "temperature": 2.0}, (2, 0)),
+    ],
+    ids=["fdr+go-lsd", "fdr", "other-bins-empty-image"],
+)
+def test_every_loss_term_and_its_gradient(host: Host, settings: dict[str, Any], counts: tuple[int, ...]) -> None:
+    config = host.config(**settings)
+    model = doubled(host, config)
+    weights = build(host).criterion.weight_dict
+    losses, calls, predictions = run(host, model, labels(counts))
+    weights = {k: v for k, v in weights.items() if k in ("loss_class", "loss_bbox", "loss_giou")}
+    expected = slow_losses(host, weights, calls, predictions, labels(counts), config)
+    assert losses.keys() == expected.keys()
+    for name, term in expected.items():
+        torch.testing.assert_close(losses[name].double(), term, atol=1e-5, rtol=1e-5, msg=name)
+    total = torch.stack([*expected.values()]).sum()
+    assert_same_gradients(model, sum(losses.values()), total, 1e-4)
+
+
+def test_the_weights_are_the_hosts_again_after_unwrapping(host: Host) -> None:
+    bare = build(host)
+    model = build(host)
+    assert unwrap_decoder(wrap_decoder(model, host.config())).criterion.weight_dict == bare.criterion.weight_dict

@@ -1,0 +1,147 @@
+"""What only the hosts of transformers have: outputs, save_pretrained, ties, configs; and their numerics."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from dfine_plugin import UnsupportedModelError, unwrap_decoder, wrap_decoder
+from dfine_plugin.adapters.transformers_common import load_pretrained
+
+from .hosts import Host, assert_equal, build, images, labels, predict, randomise_fdr, train_step, wrapped
+
+
+@pytest.fixture
+def host(transformers_host: Host) -> Host:
+    return transformers_host
+
+
+def test_a_fresh_wrap_reports_the_hosts_first_boxes(host: Host) -> None:
+    baseline = build(host)
+    model = wrap_decoder(copy.deepcopy(baseline), host.config())
+    first = wrap_decoder(copy.deepcopy(baseline), host.config())
+    randomise_fdr(host, first)
+    boxes = predict(host, model)[1]
+    assert not torch.allclose(boxes, predict(host, first)[1])  # the head does act once it is off its zeros
+    given = {}
+    baseline.model.decoder.layers[0].register_forward_hook(lambda m, a, out: given.setdefault("hidden", out))
+    baseline.model.decoder.register_forward_pre_hook(
+        lambda m, a, kwargs: given.update(reference=kwargs["reference_points"]), with_kwargs=True
+    )
+    predict(host, baseline)
+    heads = baseline.model.decoder.bbox_embed
+    head = (baseline.bbox_embed if heads is None else heads)[0]
+    reference = given["reference"] if host.name.startswith("rt-detr") else torch.logit(given["reference"], eps=1e-5)
+    delta = head(given["hidden"])
+    delta[..., : reference.shape[-1]] += reference
+    torch.testing.assert_close(boxes, delta.sigmoid(), atol=1e-5, rtol=0)
+
+
+def test_outputs_have_the_hosts_fields_and_shapes(host: Host) -> None:
+    baseline, model = build(host), wrapped(host)
+    for arguments in ({}, {"labels": labels()}, {"output_hidden_states": True, "output_attentions": True}):
+        with torch.no_grad():
+            theirs, ours = baseline(images(), **arguments), model(images(), **arguments)
+        assert list(theirs.keys()) == list(ours.keys())
+        for key, value in theirs.items():
+            if host.name == "deformable-detr-plain" and key == "intermediate_reference_points":
+                continue  # refining, it has boxes where the bare host repeats its 2-d references
+            if isinstance(value, Tensor):
+                assert ours[key].shape == value.shape, key
+                assert ours[key].dtype == value.dtype, key
+            elif isinstance(value, tuple):
+                assert [v.shape for v in ours[key]] == [v.shape for v in value], key
+    assert isinstance(model(images(), return_dict=False), tuple)
+
+
+def test_save_pretrained_and_load(host: Host, tmp_path: Path) -> None:
+    model = wrapped(host)
+    train_step(host, model)
+    model.save_pretrained(tmp_path / "one")
+    loaded = load_pretrained(tmp_path / "one")
+    assert type(loaded) is type(model)
+    assert_equal(host, model, loaded)
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    model.save_pretrained(tmp_path / "shards", max_shard_size="50KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    assert_equal(host, model, load_pretrained(tmp_path / "shards"))
+    assert train_step(host, model) == train_step(host, loaded)
+    unwrap_decoder(loaded)
+
+
+def test_the_hosts_own_from_pretrained_cannot_pass_for_a_wrapped_model(host: Host, tmp_path: Path) -> None:
+    wrapped(host).save_pretrained(tmp_path)
+    bare = type(build(host)).from_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match="load_pretrained"):
+        wrap_decoder(bare, host.config())
+    build(host).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no wrapped model"):
+        load_pretrained(tmp_path)
+
+
+def test_ties_survive_wrapping(host: Host) -> None:
+    model = wrapped(host)
+    expected = predict(host, model)
+    model.tie_weights()
+    assert all(torch.equal(a, b) for a, b in zip(predict(host, model), expected, strict=True))
+
+
+def test_hosts_of_one_config_object_stay_apart(host: Host) -> None:
+    config = build(host).config
+    first, second = type(build(host))(config), type(build(host))(config)
+    wrap_decoder(first, host.config())
+    assert not hasattr(config, "dfine_plugin")
+    wrap_decoder(second, host.config())
+    first.config.num_labels = 7
+    assert first.model.config.num_labels == 7
+    assert second.config.num_labels != 7
+
+
+def test_bf16_autocast_keeps_boxes_in_float32(host: Host) -> None:
+    model = wrapped(host).train()
+    torch.manual_seed(0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs = model(images(), labels=labels())
+    assert outputs.pred_boxes.dtype == torch.float32
+    assert torch.isfinite(outputs.loss)
+    outputs.loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    # boxes off the bfloat16 grid: nothing rounded them on the way
+    assert not torch.equal(outputs.pred_boxes, outputs.pred_boxes.bfloat16().float())
+
+
+def test_a_model_in_half_precision_keeps_its_bins(host: Host) -> None:
+    try:
+        with torch.no_grad():
+            build(host).bfloat16()(images().bfloat16())
+    except RuntimeError as error:
+        pytest.skip(f"the bare host cannot do it with this torch: {error}")
+    model = wrapped(host)
+    expected = predict(host, model)
+    model.bfloat16()
+    assert model.model.decoder.fdr.weights.dtype == torch.float32
+    with torch.no_grad():
+        outputs = model(images().bfloat16())
+    assert outputs.pred_boxes.dtype == torch.float32
+    assert outputs.pred_boxes.isfinite().all()
+    assert outputs.pred_boxes.shape == expected[1].shape
+
+
+def test_gradient_checkpointing_changes_nothing(host: Host) -> None:
+    if not host.checkpointing:
+        pytest.skip(f"{host} has no gradient checkpointing")
+    model = wrapped(host).train()
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        torch.manual_seed(3)
+        loss = host.loss(model, images(), labels())
+        model.zero_grad()
+        loss.backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-5, msg=name)

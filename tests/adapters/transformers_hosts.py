@@ -1,0 +1,106 @@
+"""The rows of transformers: real classes, small."""
+
+from torch import Tensor, nn
+from transformers import (
+    DeformableDetrConfig,
+    DeformableDetrForObjectDetection,
+    PreTrainedModel,
+    ResNetConfig,
+    RTDetrConfig,
+    RTDetrForObjectDetection,
+    RTDetrResNetConfig,
+    RTDetrV2Config,
+    RTDetrV2ForObjectDetection,
+)
+
+from .hosts import NUM_CLASSES, NUM_LAYERS, Host
+
+_BACKBONE = {
+    "embedding_size": 8,
+    "hidden_sizes": [8, 16, 24, 32],
+    "depths": [1, 1, 1, 1],
+    "layer_type": "basic",
+    "out_features": ["stage2", "stage3", "stage4"],
+}
+_RT_DETR = {
+    "d_model": 32,
+    "encoder_hidden_dim": 32,
+    "encoder_in_channels": [16, 24, 32],
+    "decoder_in_channels": [32, 32, 32],
+    "encoder_ffn_dim": 32,
+    "decoder_ffn_dim": 32,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "decoder_layers": NUM_LAYERS,
+    "num_queries": 12,
+    "num_denoising": 6,
+    "num_labels": NUM_CLASSES,
+    "use_pretrained_backbone": False,
+    "freeze_backbone_batch_norms": False,
+}
+_DEFORMABLE = {
+    "d_model": 32,
+    "encoder_layers": 1,
+    "encoder_ffn_dim": 32,
+    "decoder_ffn_dim": 32,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "decoder_layers": NUM_LAYERS,
+    "num_queries": 12,
+    "two_stage_num_proposals": 12,
+    "num_feature_levels": 3,
+    "num_labels": NUM_CLASSES,
+    "auxiliary_loss": True,
+    "dropout": 0.0,
+    "use_timm_backbone": False,
+    "use_pretrained_backbone": False,
+}
+
+
+def _rt_detr() -> PreTrainedModel:
+    return RTDetrForObjectDetection(RTDetrConfig(backbone_config=RTDetrResNetConfig(**_BACKBONE), **_RT_DETR))
+
+
+def _rt_detr_v2() -> PreTrainedModel:
+    return RTDetrV2ForObjectDetection(RTDetrV2Config(backbone_config=RTDetrResNetConfig(**_BACKBONE), **_RT_DETR))
+
+
+def _deformable_detr(two_stage: bool, with_box_refine: bool) -> PreTrainedModel:
+    config = DeformableDetrConfig(
+        backbone_config=ResNetConfig(**_BACKBONE), two_stage=two_stage, with_box_refine=with_box_refine, **_DEFORMABLE
+    )
+    model = DeformableDetrForObjectDetection(config)
+    model.requires_grad_(True)  # the host freezes a backbone of its own making for good
+    return model
+
+
+class TransformersHost(Host):
+    """A model that takes pixels and labels, and returns outputs with loss and loss_dict."""
+
+    decoder = "model.decoder"
+
+    def losses(self, model: nn.Module, images: Tensor, labels: list[dict[str, Tensor]]) -> tuple[Tensor, dict]:
+        outputs = model(images, labels=labels)
+        return outputs.loss, outputs.loss_dict
+
+    def predict(self, model: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
+        outputs = model(images)
+        return outputs.logits, outputs.pred_boxes
+
+    def without_auxiliary_losses(self, model: nn.Module) -> None:
+        model.config.auxiliary_loss = False
+
+
+HOSTS = [
+    TransformersHost("rt-detr", _rt_detr, weighted_loss_dict=True),
+    TransformersHost("rt-detr-v2", _rt_detr_v2, weighted_loss_dict=True),
+    TransformersHost("deformable-detr-two-stage", lambda: _deformable_detr(True, True), False, checkpointing=True),
+    TransformersHost("deformable-detr-refine", lambda: _deformable_detr(False, True), False, checkpointing=True),
+    TransformersHost(
+        "deformable-detr-plain",
+        lambda: _deformable_detr(False, False),
+        False,
+        settings={"box_refinement": True},
+        checkpointing=True,
+    ),
+]
