@@ -75,6 +75,8 @@ def main(
     console = Console()
     if host not in HOSTS:
         raise typer.BadParameter(f"{host!r} is not one of {', '.join(HOSTS)}", param_hint="--host")
+    if HOSTS[host].cuda_only and device == "cpu":
+        raise typer.BadParameter(f"{host} trains on a GPU only: its own code calls .cuda()", param_hint="--device")
     try:
         rows = parse_variants(variants)
     except ValueError as error:

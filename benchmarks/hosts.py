@@ -1,7 +1,8 @@
 """Tiny detectors to train from scratch: real host classes with small configurations, by name.
 
-A host to come (`detrex/dino`) is one more builder under `@host`. A builder returns a model that takes `pixel_values`
-(B, 3, H, W) and `labels` and returns `loss`, `loss_dict`, `logits` (B, Q, classes), `pred_boxes` (B, Q, 4).
+Another host is one more builder under `@host`. A builder returns a model that takes `pixel_values` (B, 3, H, W) and
+`labels` and returns `loss`, `loss_dict`, `logits` (B, Q, classes), `pred_boxes` (B, Q, 4); what is to be wrapped is its
+`detector`, or the model itself where it has none.
 """
 
 from __future__ import annotations
@@ -9,9 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
+
+from dfine_plugin.benchmarks.detrex_hosts import CONFIGS, CUDA_ONLY, build_detrex_host
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,7 @@ class Host:
     build: Callable[[list[str]], nn.Module]
     learning_rate: float  # where --tune-lr starts from, and what is used without it
     clip_norm: float = 0.1
+    cuda_only: bool = False
 
 
 HOSTS: dict[str, Host] = {}
@@ -156,3 +161,7 @@ def deformable_detr(class_names: list[str]) -> nn.Module:
 def deformable_detr_two_stage(class_names: list[str]) -> nn.Module:
     """The two-stage form, whose proposals transformers does not supervise."""
     return _deformable_detr(class_names, two_stage=True)
+
+
+for _name in CONFIGS:
+    HOSTS[f"detrex/{_name}"] = Host(partial(build_detrex_host, _name), learning_rate=5e-4, cuda_only=_name in CUDA_ONLY)

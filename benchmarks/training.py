@@ -52,7 +52,7 @@ def build_model(settings: RunSettings, class_names: list[str]) -> nn.Module:
     if fdr is not None:
         from dfine_plugin import FDRConfig, wrap_decoder
 
-        model = wrap_decoder(model, FDRConfig(**fdr))
+        wrap_decoder(getattr(model, "detector", model), FDRConfig(**fdr))
     # Convolutions on a CPU are some 10 % faster so.
     return model.to(memory_format=torch.channels_last)
 

@@ -6,6 +6,9 @@ from detectron2.config import LazyConfig
 from detrex.config import get_config
 from omegaconf import DictConfig
 
+PARTS = ("dataloader", "lr_multiplier", "model", "optimizer", "train")
+"""What detrex's trainer reads from a config."""
+
 
 def detrex_config(path: str) -> DictConfig:
     """A config of detrex's own projects, read anew.
@@ -38,7 +41,11 @@ def twelve_epochs(config: DictConfig, output_dir: str) -> DictConfig:
 
 
 def into(config: DictConfig, output_dir: str) -> DictConfig:
-    """The config with another folder for checkpoints, logs and detections; in place."""
+    """The config with another folder for checkpoints, logs and detections; in place.
+
+    And with the averaged weights' device said: detrex would look for it on ``model``, which may become a wrapped one.
+    """
+    config.train.model_ema.device = config.train.device
     config.train.output_dir = output_dir
     config.dataloader.evaluator.output_dir = output_dir
     return config

@@ -1,5 +1,6 @@
 """Small hosts on images of 160 px: to train a config for some steps, or a detector from scratch, on a CPU."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -95,9 +96,25 @@ def register_coco_folder(folder: str, split: str) -> str:
     return name
 
 
-def debug(config: DictConfig, folder: str, image_size: int = 160, **sizes: Any) -> DictConfig:
-    """A host's config as a debug config: tiny, on a COCO-format folder, sixty steps on a CPU; in place."""
+def debug_folder() -> str:
+    """The COCO-format folder of the debug configs: ``bccd`` where detectron2 looks for data sets."""
+    return str(Path(os.getenv("DETECTRON2_DATASETS", "datasets")) / "bccd")
+
+
+def debug(config: DictConfig, **sizes: Any) -> DictConfig:
+    """A host's config as a debug config: small, on :func:`debug_folder`, sixty steps on a CPU; in place.
+
+    Args:
+        config: of detrex.
+        sizes: see :func:`shrink`.
+    """
     shrink(config.model, **sizes)
+    return briefly(config)
+
+
+def briefly(config: DictConfig, image_size: int = 160) -> DictConfig:
+    """A config's data, schedule and device for debugging, whatever its model; in place."""
+    folder = debug_folder()
     resize = L(T.ResizeShortestEdge)(short_edge_length=image_size, max_size=2 * image_size)
     data = config.dataloader
     data.train.dataset.names = L(register_coco_folder)(folder=folder, split="train")

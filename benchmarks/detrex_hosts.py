@@ -1,0 +1,103 @@
+"""detrex's hosts for the ablation, at debug size, as models that take pixels and labels like those of transformers."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# From a host's name to detrex's own config.
+CONFIGS = {
+    "deformable-detr": "deformable_detr/configs/deformable_detr_r50_with_box_refinement_50ep.py",
+    "deformable-detr-two-stage": "deformable_detr/configs/deformable_detr_r50_two_stage_50ep.py",
+    "h-deformable-detr": "h_deformable_detr/configs/h_deformable_detr_r50_two_stage_12ep.py",
+    "dab-deformable-detr": "dab_deformable_detr/configs/dab_deformable_detr_r50_50ep.py",
+    "dn-deformable-detr": "dn_deformable_detr/configs/dn_deformable_detr_r50_12ep.py",
+    "dino": "dino/configs/dino-resnet/dino_r50_4scale_12ep.py",
+    "dab-detr": "dab_detr/configs/dab_detr_r50_50ep.py",
+    "dn-detr": "dn_detr/configs/dn_detr_r50_50ep.py",
+}
+# Of these the training calls .cuda(), whatever the device.
+CUDA_ONLY = ("dino", "dn-detr")
+
+NUM_QUERIES = 30
+MAX_DETECTIONS = 100
+
+
+def build_detrex_host(name: str, class_names: list[str]) -> nn.Module:
+    """The host of `CONFIGS` with fresh weights.
+
+    Raises:
+        ImportError: where detrex is not installed or its checkout not on the path.
+    """
+    try:
+        from detectron2.config import instantiate
+
+        from dfine_plugin.projects.common import detrex_config
+        from dfine_plugin.projects.debug import shrink
+
+        config = detrex_config(CONFIGS[name]).model
+    except (ImportError, FileNotFoundError) as error:
+        raise ImportError(
+            "the hosts of detrex need detrex and detectron2 (see detrex's installation instructions) and detrex's "
+            f"checkout on PYTHONPATH: {error}"
+        ) from error
+    shrink(config, num_classes=len(class_names), num_queries=NUM_QUERIES)
+    config.select_box_nums_for_evaluation = min(NUM_QUERIES * len(class_names), MAX_DETECTIONS)
+    return PixelsAndLabels(instantiate(config))
+
+
+def _as_they_are(pixels: Tensor) -> Tensor:
+    return pixels
+
+
+class PixelsAndLabels(nn.Module):
+    """A detrex model behind the arguments and outputs of transformers' detectors.
+
+    `detector` is the model itself, to be wrapped.
+    """
+
+    def __init__(self, detector: nn.Module) -> None:
+        super().__init__()
+        self.detector = detector
+        # the ablation normalises its images
+        self.detector.normalizer = _as_they_are
+
+    def forward(self, pixel_values: Tensor, labels: list[dict[str, Tensor]] | None = None) -> SimpleNamespace:
+        """`loss` and `loss_dict` in training; `logits` (B, k, C) and `pred_boxes` (B, k, 4) in evaluation.
+
+        In evaluation each of an image's k detections is a query that knows of its own class only.
+        """
+        height, width = pixel_values.shape[-2:]
+        # the hosts move to this device whatever they make
+        self.detector.device = pixel_values.device
+        inputs: list[dict[str, Any]] = [{"image": image, "height": height, "width": width} for image in pixel_values]
+        if self.training:
+            assert labels is not None
+            for entry, target in zip(inputs, labels, strict=True):
+                entry["instances"] = _instances(target, height, width)
+            losses = self.detector(inputs)
+            return SimpleNamespace(loss=sum(losses.values()), loss_dict=losses)
+        results = [result["instances"] for result in self.detector(inputs)]
+        most = max(len(result) for result in results)
+        logits = pixel_values.new_full((len(results), most, self.detector.num_classes), -torch.inf)
+        boxes = pixel_values.new_zeros(len(results), most, 4)
+        sides = pixel_values.new_tensor([width, height, width, height])
+        for image, result in enumerate(results):
+            rows = torch.arange(len(result))
+            logits[image, rows, result.pred_classes] = torch.logit(result.scores.to(logits.dtype))
+            near, far = (result.pred_boxes.tensor / sides).split(2, dim=-1)
+            boxes[image, rows] = torch.cat([(near + far) / 2, far - near], dim=-1).to(boxes.dtype)
+        return SimpleNamespace(logits=logits, pred_boxes=boxes)
+
+
+def _instances(target: dict[str, Tensor], height: int, width: int) -> Any:
+    """A truth of transformers' as detectron2's Instances, boxes in pixels."""
+    from detectron2.structures import Boxes, Instances
+
+    centre, size = target["boxes"].split(2, dim=-1)
+    corners = torch.cat([centre - size / 2, centre + size / 2], dim=-1)
+    corners = corners * corners.new_tensor([width, height, width, height])
+    return Instances((height, width), gt_boxes=Boxes(corners), gt_classes=target["class_labels"])

@@ -1,0 +1,10 @@
+"""Deformable-DETR, two-stage, small, for some steps on a CPU."""
+
+from dfine_plugin.projects.common import PARTS, detrex_config, into
+from dfine_plugin.projects.debug import debug
+
+_config = into(
+    debug(detrex_config("deformable_detr/configs/deformable_detr_r50_two_stage_50ep.py")),
+    "./output/deformable_detr_debug_baseline",
+)
+dataloader, lr_multiplier, model, optimizer, train = (_config[part] for part in PARTS)

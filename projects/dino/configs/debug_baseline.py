@@ -1,0 +1,7 @@
+"""DINO, small, for some steps on a CPU."""
+
+from dfine_plugin.projects.common import PARTS, detrex_config, into
+from dfine_plugin.projects.debug import debug
+
+_config = into(debug(detrex_config("dino/configs/dino-resnet/dino_r50_4scale_12ep.py")), "./output/dino_debug_baseline")
+dataloader, lr_multiplier, model, optimizer, train = (_config[part] for part in PARTS)

@@ -1,0 +1,10 @@
+"""DN-Deformable-DETR, small, for some steps on a CPU."""
+
+from dfine_plugin.projects.common import PARTS, detrex_config, into
+from dfine_plugin.projects.debug import debug
+
+_config = into(
+    debug(detrex_config("dn_deformable_detr/configs/dn_deformable_detr_r50_12ep.py")),
+    "./output/dn_deformable_detr_debug_baseline",
+)
+dataloader, lr_multiplier, model, optimizer, train = (_config[part] for part in PARTS)

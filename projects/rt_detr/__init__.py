@@ -1,0 +1,1 @@
+"""RT-DETR for detectron2."""
