@@ -110,10 +110,12 @@ class TransformersAdapter:
 
 def retire(model: Host, names: Iterable[str], retired: Retired) -> None:
     """Take the named elements of ModuleLists out, an Identity in their place so that the others keep their names."""
+    # all of them first: some hosts give one list two names
     originals = {name: model.get_submodule(name) for name in names}
-    for name, module in originals.items():
+    for name in originals:
         retired.replace(model, name, nn.Identity())
-        retired.modules[name] = module
+    retired.modules.update(originals)
+    retired.attributes.update(originals)
 
 
 def prediction_set(logits: Tensor, boxes: Tensor) -> dict[str, Tensor]:

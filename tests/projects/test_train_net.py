@@ -88,7 +88,7 @@ def test_a_debug_config_trains_evaluates_and_resumes(host: str, tmp_path: Path) 
     assert sum(terms.values()) == pytest.approx(losses[-1]["total_loss"], rel=0.2)  # medians of a window, each
     output = train_net(config, tmp_path, "--resume", "train.max_iter=25", "train.eval_period=100", *short)
     assert "Starting training from iteration 20" in output
-    assert metrics(tmp_path)[-1]["iteration"] == 24
+    assert metrics(tmp_path)[-1]["iteration"] in (24, 25)
 
 
 @pytest.mark.slow

@@ -1,8 +1,5 @@
 """RT-DETR, small, for some steps on a CPU."""
 
-from detectron2.config import LazyCall as L
-from transformers import RTDetrResNetConfig
-
 from dfine_plugin.projects.common import PARTS
 from dfine_plugin.projects.debug import briefly
 from dfine_plugin.projects.rt_detr.recipe import recipe
@@ -12,13 +9,7 @@ dataloader, lr_multiplier, model, optimizer, train = (_config[part] for part in 
 model.device = "cpu"
 model.detector.update(
     num_classes=3,
-    backbone_config=L(RTDetrResNetConfig)(
-        embedding_size=16,
-        hidden_sizes=[16, 32, 64, 128],
-        depths=[1, 1, 1, 1],
-        layer_type="basic",
-        out_features=["stage2", "stage3", "stage4"],
-    ),
+    backbone={"embedding_size": 16, "hidden_sizes": [16, 32, 64, 128], "depths": [1, 1, 1, 1]},
     encoder_in_channels=[32, 64, 128],
     encoder_hidden_dim=64,
     encoder_ffn_dim=128,

@@ -1,13 +1,18 @@
 """RT-DETR of Hugging Face transformers as a detectron2 meta-architecture."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from detectron2.modeling import detector_postprocess
 from detectron2.structures import Boxes, ImageList, Instances
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 from transformers import RTDetrConfig, RTDetrForObjectDetection, RTDetrResNetConfig
+
+LARGEST_STRIDE = 32
+"""Sides must be multiples of it: the encoder adds feature maps to the doubled ones of the next stride."""
 
 # What distinguishes the published sizes from transformers' default, which is R50.
 _SIZES: dict[int, dict[str, Any]] = {
@@ -33,7 +38,13 @@ _SIZES: dict[int, dict[str, Any]] = {
 }
 
 
-def rt_detr(depth: int = 50, num_classes: int = 80, pretrained: str = "", **changes: Any) -> RTDetrForObjectDetection:
+def rt_detr(
+    depth: int = 50,
+    num_classes: int = 80,
+    pretrained: str = "",
+    backbone: Mapping[str, Any] | None = None,
+    **changes: Any,
+) -> RTDetrForObjectDetection:
     """RT-DETR with a ResNet of 18, 34, 50 or 101 layers.
 
     Args:
@@ -41,13 +52,14 @@ def rt_detr(depth: int = 50, num_classes: int = 80, pretrained: str = "", **chan
         num_classes: of the data. Class heads of a checkpoint of another number are drawn anew.
         pretrained: a folder with a transformers checkpoint (``PekingU/rtdetr_r18vd``, say); its own config then holds,
             and ``depth`` is not asked. Empty for random weights.
+        backbone: further settings of ``RTDetrResNetConfig``.
         changes: further settings of ``RTDetrConfig``.
 
     Raises:
         ValueError: for a depth that RT-DETR does not come in.
         FileNotFoundError: if ``pretrained`` is no folder.
     """
-    changes = {"num_labels": num_classes, **changes}
+    changes = {"num_labels": num_classes, **_plain(changes)}
     if pretrained:
         if not Path(pretrained).is_dir():
             raise FileNotFoundError(f"no folder {pretrained!r} with a transformers checkpoint of RT-DETR")
@@ -55,15 +67,20 @@ def rt_detr(depth: int = 50, num_classes: int = 80, pretrained: str = "", **chan
     if depth not in _SIZES:
         raise ValueError(f"RT-DETR comes with a ResNet of {', '.join(map(str, _SIZES))} layers, not {depth}")
     size = dict(_SIZES[depth])
-    backbone = RTDetrResNetConfig(**size.pop("backbone"), out_features=["stage2", "stage3", "stage4"])
-    return RTDetrForObjectDetection(RTDetrConfig(**{"backbone_config": backbone, **size, **changes}))
+    layers = {**size.pop("backbone"), "out_features": ["stage2", "stage3", "stage4"], **_plain(backbone or {})}
+    return RTDetrForObjectDetection(RTDetrConfig(backbone_config=RTDetrResNetConfig(**layers), **{**size, **changes}))
+
+
+def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with lists in place of the ListConfigs that a LazyConfig makes of them: transformers checks types."""
+    return {k: OmegaConf.to_container(v) if OmegaConf.is_config(v) else v for k, v in settings.items()}
 
 
 class RTDETR(nn.Module):
     """A detectron2 model around an RT-DETR of transformers: ``batched_inputs`` in, losses or ``Instances`` out.
 
-    Images of different sizes are padded at the right and below; boxes are relative to the padded size, which is what
-    the detector sees. The detector takes pixels in ``[0, 1]``, in the order red, green, blue.
+    Images are padded at the right and below, to one size that the strides divide; boxes are relative to the padded
+    size, which is what the detector sees. The detector takes pixels in ``[0, 1]``, in the order red, green, blue.
 
     Args:
         detector: an ``RTDetrForObjectDetection``, wrapped or not. Its loss dict holds weighted terms: detrex's trainer,
@@ -87,7 +104,9 @@ class RTDETR(nn.Module):
             batched_inputs: dicts of ``image`` (3, H, W) in 0 to 255; in training ``instances`` with ``gt_boxes`` and
                 ``gt_classes``; in evaluation ``height`` and ``width`` of the result, by default the image's.
         """
-        images = ImageList.from_tensors([entry["image"].to(self.device) for entry in batched_inputs])
+        images = ImageList.from_tensors(
+            [entry["image"].to(self.device) for entry in batched_inputs], size_divisibility=LARGEST_STRIDE
+        )
         pixels = images.tensor.float() / 255
         if self.training:
             labels = [self._labels(entry["instances"].to(self.device), pixels) for entry in batched_inputs]
