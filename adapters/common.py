@@ -3,10 +3,13 @@
 import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import groupby
 from typing import Any
 
 from torch import Tensor, nn
 
+from dfine_plugin.assignment import MatchingCost, match_sets
 from dfine_plugin.config import FDRConfig
 from dfine_plugin.criterion import box_losses, distribution_losses, mean_over_processes
 from dfine_plugin.matching import GOLSDMatcher, Pairs, union_matching
@@ -121,6 +124,23 @@ def rename_suffixes(losses: Mapping[str, Tensor], suffixes: Mapping[str, str]) -
     return {renamed(key): value for key, value in losses.items()}
 
 
+def solve_outputs(
+    sets: list[dict[str, Tensor]],
+    targets: list[dict[str, Tensor]],
+    cost: MatchingCost,
+    logits_key: str,
+    labels_key: str,
+) -> list[Pairs]:
+    """:func:`~dfine_plugin.assignment.match_sets` of a host's outputs and targets."""
+    return match_sets(
+        [outputs[logits_key] for outputs in sets],
+        [outputs["pred_boxes"] for outputs in sets],
+        [target[labels_key] for target in targets],
+        [target["boxes"] for target in targets],
+        cost,
+    )
+
+
 class UnionCriterion(nn.Module):
     """Mixin before a host's criterion: box losses of the matched sets over the union, and the same criterion otherwise.
 
@@ -130,6 +150,11 @@ class UnionCriterion(nn.Module):
 
     matcher: Any
     logits_key = "logits"
+    labels_key = "class_labels"
+
+    def matching_cost(self) -> MatchingCost | None:
+        """What the host's matcher minimises, where it is one that is known; an unknown one is asked itself."""
+        return None
 
     def match(self, sets: list[tuple[dict[str, Tensor], list[dict[str, Tensor]]]], config: FDRConfig) -> None:
         """Match prediction sets of the same queries by the host's matcher, and form their union if the config wants it.
@@ -138,8 +163,16 @@ class UnionCriterion(nn.Module):
             sets: prediction sets with their targets.
             config: whether there is a union.
         """
-        self.matcher = GOLSDMatcher(self.matcher)
-        matches = [self.distinct(self.matcher(outputs, targets), targets) for outputs, targets in sets]
+        cost = self.matching_cost()
+        # no bound method: the matcher in a circle with this would keep the step's graph until the next collection
+        solve = partial(solve_outputs, cost=cost, logits_key=self.logits_key, labels_key=self.labels_key)
+        self.matcher = GOLSDMatcher(self.matcher, solve=solve if cost else None)
+        matches: list[Pairs] = []
+        for _, alike in groupby(sets, key=lambda pair: (id(pair[1]), pair[0]["pred_boxes"].shape)):
+            group = list(alike)
+            targets = group[0][1]
+            found = self.matcher.match([outputs for outputs, _ in group], targets)
+            matches += [self.distinct(pairs, targets) for pairs in found]
         self.united = [outputs["pred_boxes"] for outputs, _ in sets]
         # for each boxes tensor the pairs and the normaliser that its box losses were taken with
         self.taken: dict[int, tuple[Pairs, float | Tensor]] = {}

@@ -14,9 +14,11 @@ from typing import Any, ClassVar
 
 import torch
 from detrex.layers import MLP
+from detrex.modeling import HungarianMatcher
 from detrex.utils import inverse_sigmoid
 from torch import Tensor, nn
 
+from dfine_plugin.assignment import MatchingCost
 from dfine_plugin.boxes import at_least_float32
 from dfine_plugin.config import FDRConfig
 from dfine_plugin.errors import UnsupportedModelError, WrapStateError
@@ -149,6 +151,7 @@ class GOLSDCriterion(common.UnionCriterion):
 
     fdr_config: FDRConfig
     logits_key = "pred_logits"
+    labels_key = "labels"
     denoises: ClassVar[bool] = False
     """Whether the host reports denoising losses, which are zero where there are no such queries."""
     encoder_is_decoded: ClassVar[bool] = False
@@ -168,6 +171,12 @@ class GOLSDCriterion(common.UnionCriterion):
     def matched_queries(self, outputs: dict[str, Any], known: dict[str, Any] | None) -> slice:
         """Where this call's queries lie among the decoder's: denoising queries come first."""
         return slice(0 if known is None else known["pred_boxes"].shape[1], None)
+
+    def matching_cost(self) -> MatchingCost | None:
+        matcher = self.matcher
+        if type(matcher) is not HungarianMatcher or matcher.cost_class_type != "focal_loss_cost":
+            return None
+        return MatchingCost(matcher.cost_class, matcher.cost_bbox, matcher.cost_giou, matcher.alpha, matcher.gamma)
 
     def forward(self, outputs, targets, *args):
         # what a call remembers goes with its copy: nothing is kept on the module

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.loss.loss_deformable_detr import DeformableDetrHungarianMatcher, DeformableDetrImageLoss
 from transformers.models.deformable_detr import modeling_deformable_detr as host
 
+from dfine_plugin.assignment import MatchingCost
 from dfine_plugin.config import FDRConfig
 from dfine_plugin.errors import UnsupportedModelError
 from dfine_plugin.head import FDRHead, locate_initial_boxes
@@ -94,6 +95,12 @@ class FDRDeformableDetrDecoder(host.DeformableDetrDecoder):
 
 class UnionDeformableDetrLoss(common.UnionCriterion, DeformableDetrImageLoss):
     """The host's criterion, fed with the union."""
+
+    def matching_cost(self) -> MatchingCost | None:
+        matcher = self.matcher
+        if type(matcher) is not DeformableDetrHungarianMatcher:
+            return None
+        return MatchingCost(matcher.class_cost, matcher.bbox_cost, matcher.giou_cost)
 
 
 class DeformableDetrGOLSDLoss:

@@ -9,10 +9,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers.loss.loss_rt_detr import RTDetrLoss
+from transformers.loss.loss_rt_detr import RTDetrHungarianMatcher, RTDetrLoss
 from transformers.models.rt_detr import modeling_rt_detr
 from transformers.models.rt_detr_v2 import modeling_rt_detr_v2
 
+from dfine_plugin.assignment import MatchingCost
 from dfine_plugin.config import FDRConfig
 from dfine_plugin.criterion import distribution_losses, mean_over_processes
 from dfine_plugin.head import FDRHead, locate_initial_boxes
@@ -105,6 +106,12 @@ class FDRRTDetrV2Decoder(RefiningLoop, modeling_rt_detr_v2.RTDetrV2Decoder):
 
 class UnionRTDetrLoss(common.UnionCriterion, RTDetrLoss):
     """The host's criterion, fed with the union."""
+
+    def matching_cost(self) -> MatchingCost | None:
+        matcher = self.matcher
+        if type(matcher) is not RTDetrHungarianMatcher or not matcher.use_focal_loss:
+            return None
+        return MatchingCost(matcher.class_cost, matcher.bbox_cost, matcher.giou_cost, matcher.alpha, matcher.gamma)
 
 
 class RTDetrGOLSDLoss:

@@ -2,7 +2,9 @@
 
 import json
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -58,7 +60,17 @@ def test_only_the_very_same_settings_are_the_same_run(tmp_path: Path) -> None:
         assert load_run(tmp_path, replace(SETTINGS, **change)) is None
 
 
-@pytest.mark.parametrize("host", list(HOSTS))
+def rows() -> list[Any]:
+    """All hosts; those of detrex where it is there."""
+    try:
+        absent = find_spec("projects.dino.modeling") is None
+    except ModuleNotFoundError:
+        absent = True
+    marks = [pytest.mark.detrex, pytest.mark.skipif(absent, reason="detrex's checkout is not on PYTHONPATH")]
+    return [pytest.param(name, marks=marks if name.startswith("detrex/") else []) for name in HOSTS]
+
+
+@pytest.mark.parametrize("host", rows())
 def test_twins_share_the_weights_of_all_they_share(host: str) -> None:
     baseline = build_model(replace(SETTINGS, host=host), ["shape"]).state_dict()
     wrapped = build_model(replace(SETTINGS, host=host, variant="fdr+go-lsd"), ["shape"]).state_dict()
@@ -68,13 +80,15 @@ def test_twins_share_the_weights_of_all_they_share(host: str) -> None:
     assert all(torch.equal(baseline[name], wrapped[name]) for name in shared)
 
 
-@pytest.mark.parametrize("host", list(HOSTS))
+@pytest.mark.parametrize("host", rows())
 def test_hosts_train_all_of_themselves_from_ordinary_weights(host: str) -> None:
     model = build_host(host, ["a", "b"])
     assert all(parameter.requires_grad for parameter in model.parameters())
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     assert norms
     assert all((norm.weight == 1).all() for norm in norms)
+    if HOSTS[host].cuda_only and not torch.cuda.is_available():
+        pytest.skip("its training calls .cuda()")
     boxes = torch.tensor([[0.5, 0.5, 0.2, 0.2]])
     labels = [{"class_labels": torch.tensor([1]), "boxes": boxes}] * 2
     model.train()(pixel_values=torch.rand(2, 3, 64, 64), labels=labels).loss.backward()

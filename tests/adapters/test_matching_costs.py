@@ -1,0 +1,66 @@
+"""The fast matching against each host's own matcher: the same pairs."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from dfine_plugin import wrap_decoder
+from dfine_plugin.matching import GOLSDMatcher
+
+from .hosts import Host, build, images, labels, randomise_fdr
+
+
+@pytest.mark.parametrize("counts", [(2, 3), (0, 40), (0, 0)], ids=str)
+def test_the_hosts_matcher_would_have_answered_the_same(
+    host: Host, counts: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared: list[int] = []
+    match = GOLSDMatcher.match
+
+    def both(self: GOLSDMatcher, sets: list[dict[str, Any]], targets: list[Any]) -> list[Any]:
+        assert self.solve is not None, "this host's matcher is not known to the fast way"
+        found = match(self, sets, targets)
+        for outputs, pairs in zip(sets, found, strict=True):
+            for ours, theirs in zip(pairs, self.matcher(outputs, targets), strict=True):
+                assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+            compared.append(len(pairs))
+        return found
+
+    monkeypatch.setattr(GOLSDMatcher, "match", both)
+    model = wrap_decoder(build(host), host.config()).train()
+    randomise_fdr(host, model)
+    host.loss(model, images(), labels(counts))
+    assert len(compared) >= 4
+
+
+def test_a_matcher_that_nobody_knows_is_asked_itself(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A subclass may compute other costs."""
+    model = wrap_decoder(build(host), host.config()).train()
+    randomise_fdr(host, model)
+    asked: list[Any] = []
+    if host.name.startswith("detrex"):
+        kind = type(model.criterion.matcher)
+    else:
+        from dfine_plugin.adapters import transformers_deformable_detr, transformers_rt_detr
+
+        if host.name.startswith("rt-detr"):
+            module, name = transformers_rt_detr, "RTDetrHungarianMatcher"
+        else:
+            module, name = transformers_deformable_detr, "DeformableDetrHungarianMatcher"
+        kind = getattr(module, name)
+
+    forward = kind.forward
+    own = type("Own", (kind,), {"forward": lambda self, *args: asked.append(args) or forward(self, *args)})
+    if host.name.startswith("detrex"):
+        model.criterion.matcher.__class__ = own
+    else:
+        construct = kind.__init__
+
+        def make_own(self: Any, *args: Any, **kwargs: Any) -> None:
+            construct(self, *args, **kwargs)
+            self.__class__ = own
+
+        monkeypatch.setattr(kind, "__init__", make_own)
+    host.loss(model, images(), labels())
+    assert len(asked) >= 4
