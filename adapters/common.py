@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dfine_plugin.assignment import MatchingCost, match_sets
 from dfine_plugin.config import FDRConfig
-from dfine_plugin.criterion import box_losses, distribution_losses, mean_over_processes
+from dfine_plugin.criterion import FlatPairs, box_losses, distribution_losses, flatten_pairs, mean_over_processes
 from dfine_plugin.matching import GOLSDMatcher, Pairs, union_matching
 from dfine_plugin.record import FDRRecord
 from dfine_plugin.validation import check_finite
@@ -165,22 +165,25 @@ class UnionCriterion(nn.Module):
         """
         cost = self.matching_cost()
         # no bound method: the matcher in a circle with this would keep the step's graph until the next collection
-        solve = partial(solve_outputs, cost=cost, logits_key=self.logits_key, labels_key=self.labels_key)
-        self.matcher = GOLSDMatcher(self.matcher, solve=solve if cost else None)
+        solve = cost and partial(solve_outputs, cost=cost, logits_key=self.logits_key, labels_key=self.labels_key)
+        self.matcher = GOLSDMatcher(self.matcher, solve=solve)
         matches: list[Pairs] = []
         for _, alike in groupby(sets, key=lambda pair: (id(pair[1]), pair[0]["pred_boxes"].shape)):
             group = list(alike)
             targets = group[0][1]
             found = self.matcher.match([outputs for outputs, _ in group], targets)
             matches += [self.distinct(pairs, targets) for pairs in found]
-        self.united = [outputs["pred_boxes"] for outputs, _ in sets]
-        # for each boxes tensor the pairs and the normaliser that its box losses were taken with
-        self.taken: dict[int, tuple[Pairs, float | Tensor]] = {}
-        self.pairs: Pairs | None = None
+        # for each boxes tensor its box losses, and the pairs and the normaliser that they were taken with
+        self.terms: dict[int, dict[str, Tensor]] = {}
+        self.latest: tuple[Any, Any] = (None, None)
+        self.taken: dict[int, tuple[FlatPairs, float | Tensor]] = {}
         if config.union:
-            self.pairs = union_matching(matches)
-            count = sum(len(queries) for queries, _ in self.pairs)
-            self.num_pairs = mean_over_processes(count, self.united[0].device)
+            union = union_matching(matches)
+            boxes = [outputs["pred_boxes"] for outputs, _ in sets]
+            flat = flatten_pairs(union, [target["boxes"] for target in sets[0][1]], boxes[0].device)
+            count = mean_over_processes(len(flat.queries), boxes[0].device)
+            for tensor, terms in zip(boxes, box_losses(boxes, flat, count), strict=True):
+                self.terms[id(tensor)], self.taken[id(tensor)] = terms, (flat, count)
 
     def distinct(self, pairs: Pairs, targets: list[dict[str, Tensor]]) -> Pairs:
         """The pairs with one index for each truth, where a host repeats its truths."""
@@ -189,17 +192,21 @@ class UnionCriterion(nn.Module):
     def get_loss(self, loss, outputs, targets, indices, num_boxes, **kwargs):
         if loss == "boxes":
             boxes = outputs["pred_boxes"]
-            if self.pairs is not None and any(boxes is member for member in self.united):
-                indices, num_boxes = self.pairs, self.num_pairs
-            self.taken[id(boxes)] = indices, num_boxes
-            return box_losses(boxes, [target["boxes"] for target in targets], indices, num_boxes)
+            if id(boxes) not in self.terms:
+                # denoising sets come with one object of pairs
+                known, flat = self.latest
+                if known is not indices:
+                    flat = flatten_pairs(indices, [target["boxes"] for target in targets], boxes.device)
+                    self.latest = indices, flat
+                self.taken[id(boxes)] = flat, num_boxes
+                (self.terms[id(boxes)],) = box_losses([boxes], flat, num_boxes)
+            return self.terms[id(boxes)]
         return super().get_loss(loss, outputs, targets, indices, num_boxes, **kwargs)  # type: ignore[misc]
 
     def distribution_losses(
         self,
         record: FDRRecord,
         sets: list[dict[str, Tensor]],
-        targets: list[dict[str, Tensor]],
         config: FDRConfig,
         over_processes: bool = True,
     ) -> tuple[list[Tensor], list[Tensor]]:
@@ -208,12 +215,10 @@ class UnionCriterion(nn.Module):
         Args:
             record: their predictions, layer by layer.
             sets: the layers' prediction sets, in order.
-            targets: as the criterion takes them.
             config: temperature, and whether there is DDF.
             over_processes: see :func:`~dfine_plugin.criterion.distribution_losses`; not for queries that only some
                 processes may have.
         """
-        truths = [target["boxes"] for target in targets]
         pairs = [self.taken[id(outputs["pred_boxes"])][0] for outputs in sets]
         num_boxes = self.taken[id(sets[-1]["pred_boxes"])][1]
-        return distribution_losses(record, sets[-1][self.logits_key], truths, pairs, num_boxes, config, over_processes)
+        return distribution_losses(record, sets[-1][self.logits_key], pairs, num_boxes, config, over_processes)

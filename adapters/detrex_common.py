@@ -210,7 +210,7 @@ class GOLSDCriterion(common.UnionCriterion):
         losses = common.rename_suffixes(losses, {f"_dn_{count}": "_dn_pre", f"_{count}": "_pre"})
 
         names = [*(f"_{i}" for i in range(count)), ""]
-        self._add(losses, names, self.distribution_losses(record.last(len(layers)), layers, targets, self.fdr_config))
+        self._add(losses, names, self.distribution_losses(record.last(len(layers)), layers, self.fdr_config))
         if self.denoises:
             names = [*(f"_dn_{i}" for i in range(count)), "_dn"]
             if known is None:
@@ -219,7 +219,7 @@ class GOLSDCriterion(common.UnionCriterion):
                 self._add(losses, names, (nothing, nothing[:-1] if self.fdr_config.ddf else []))
             else:
                 own = own.last(len(layers))
-                terms = self.distribution_losses(own, known_layers, targets, self.fdr_config, over_processes=False)
+                terms = self.distribution_losses(own, known_layers, self.fdr_config, over_processes=False)
                 self._add(losses, names, terms)
         check_finite(losses)
         for parameter in current_scope().idle:

@@ -145,7 +145,7 @@ class DeformableDetrGOLSDLoss:
         losses = common.rename_suffixes(losses, {f"_{len(auxiliary)}": "_pre"})
 
         supervised = layers if config.auxiliary_loss else layers[-1:]
-        fgl, ddf = criterion.distribution_losses(record.last(len(supervised)), supervised, labels, self.config)
+        fgl, ddf = criterion.distribution_losses(record.last(len(supervised)), supervised, self.config)
         suffixes = [*(f"_{i}" for i in range(len(auxiliary))), ""]
         losses.update({f"loss_fgl{suffix}": term for suffix, term in zip(suffixes, fgl, strict=True)})
         losses.update({f"loss_ddf{suffix}": term for suffix, term in zip(suffixes, ddf, strict=False)})

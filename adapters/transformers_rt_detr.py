@@ -15,7 +15,7 @@ from transformers.models.rt_detr_v2 import modeling_rt_detr_v2
 
 from dfine_plugin.assignment import MatchingCost
 from dfine_plugin.config import FDRConfig
-from dfine_plugin.criterion import distribution_losses, mean_over_processes
+from dfine_plugin.criterion import distribution_losses, flatten_pairs, mean_over_processes
 from dfine_plugin.head import FDRHead, locate_initial_boxes
 from dfine_plugin.record import FDRRecord, current_record, current_scope, leave_record
 from dfine_plugin.registry import register_adapter
@@ -170,16 +170,15 @@ class RTDetrGOLSDLoss:
         losses = common.rename_suffixes(criterion(outputs, labels), rename)
 
         supervised = layers if config.auxiliary_loss else layers[-1:]
-        fgl, ddf = criterion.distribution_losses(matched.last(len(supervised)), supervised, labels, self.config)
+        fgl, ddf = criterion.distribution_losses(matched.last(len(supervised)), supervised, self.config)
         suffixes = [*(f"_aux_{i}" for i in range(len(supervised) - 1)), ""]
         self._add(losses, fgl, ddf, suffixes)
         known = criterion.get_cdn_matched_indices(denoising_meta_values, labels) if denoising_meta_values else []
         # outside of the branch: a process without a truth has no denoising queries, yet the others wait for its count
         num_known = mean_over_processes(sum(len(queries) for queries, _ in known), outputs_class.device)
         if denoising_meta_values is not None and config.auxiliary_loss:
-            fgl, ddf = distribution_losses(
-                own, noisy[-1]["logits"], [t["boxes"] for t in labels], [known] * num_layers, num_known, self.config
-            )
+            flat = flatten_pairs(known, [target["boxes"] for target in labels], outputs_class.device)
+            fgl, ddf = distribution_losses(own, noisy[-1]["logits"], [flat] * num_layers, num_known, self.config)
             self._add(losses, fgl, ddf, [f"_dn_{i}" for i in range(num_layers)])
         check_finite(losses)
         for parameter in current_scope().idle:

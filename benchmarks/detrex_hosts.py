@@ -59,9 +59,9 @@ class PixelsAndLabels(nn.Module):
     `detector` is the model itself, to be wrapped.
     """
 
-    def __init__(self, detector: nn.Module) -> None:
+    def __init__(self, detector: Any) -> None:
         super().__init__()
-        self.detector = detector
+        self.detector: Any = detector
         # the ablation normalises its images
         self.detector.normalizer = _as_they_are
 

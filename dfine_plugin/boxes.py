@@ -94,7 +94,7 @@ def aligned_giou(boxes: Tensor, others: Tensor) -> Tensor:
     """Generalised IoU of ``boxes[i]`` with ``others[i]``: ``(..., 4)`` cxcywh twice, to ``(...)`` in ``[-1, 1]``."""
     iou, union, corners, other_corners = _overlap(boxes, others)
     hull = torch.max(corners[..., 2:], other_corners[..., 2:]) - torch.min(corners[..., :2], other_corners[..., :2])
-    hull_area = hull.prod(-1)
+    hull_area = _area(hull)
     return iou - (hull_area - union) / hull_area
 
 
@@ -102,8 +102,12 @@ def _overlap(boxes: Tensor, others: Tensor) -> tuple[Tensor, Tensor, Tensor, Ten
     corners, other_corners = to_corners(at_least_float32(boxes)), to_corners(at_least_float32(others))
     low = torch.max(corners[..., :2], other_corners[..., :2])
     high = torch.min(corners[..., 2:], other_corners[..., 2:])
-    intersection = (high - low).clamp(min=0).prod(-1)
-    area = (corners[..., 2:] - corners[..., :2]).prod(-1)
-    other_area = (other_corners[..., 2:] - other_corners[..., :2]).prod(-1)
-    union = area + other_area - intersection
+    intersection = _area((high - low).clamp(min=0))
+    union = _area(corners[..., 2:] - corners[..., :2]) + _area(other_corners[..., 2:] - other_corners[..., :2])
+    union = union - intersection
     return intersection / union, union, corners, other_corners
+
+
+def _area(sides: Tensor) -> Tensor:
+    # not prod(-1), whose backward asks the device whether there is a zero
+    return sides[..., 0] * sides[..., 1]

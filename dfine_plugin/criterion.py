@@ -1,22 +1,37 @@
 """FGL and DDF over all layers of a decoder, and what the hosts' box losses need for the union."""
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from .boxes import aligned_giou, aligned_iou, at_least_float32, encode_boxes
 from .config import FDRConfig
-from .losses import ddf_loss, fgl_of_bins, query_counts
+from .losses import ddf_of_targets, fgl_of_bins, query_counts, soft_targets
 from .matching import Pairs
 from .record import FDRRecord
 
 
-def flatten_pairs(pairs: Pairs, truths: list[Tensor], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Pairs of all images in one go: image indices and query indices ``(M,)``, and the truths' boxes ``(M, 4)``."""
+class FlatPairs(NamedTuple):
+    """The M pairs of a batch: ``(M,)`` indices of their images and queries, and the truths' boxes ``(M, 4)``."""
+
+    images: Tensor
+    queries: Tensor
+    boxes: Tensor
+
+    def of(self, predictions: Sequence[Tensor]) -> Tensor:
+        """What several layers or sets, ``(B, Q, ...)`` each, predict for the pairs: ``(S, M, ...)``."""
+        return torch.stack([tensor[self.images, self.queries] for tensor in predictions])
+
+
+def flatten_pairs(pairs: Pairs, truths: list[Tensor], device: torch.device) -> FlatPairs:
+    """Pairs of all images in one go, from their indices and each image's truths ``(n, 4)``."""
     images = torch.cat([torch.full_like(queries, image) for image, (queries, _) in enumerate(pairs)])
     queries = torch.cat([queries for queries, _ in pairs])
     boxes = torch.cat([boxes[indices.to(boxes.device)] for boxes, (_, indices) in zip(truths, pairs, strict=True)])
-    return images.to(device), queries.to(device), boxes.to(device)
+    return FlatPairs(images.to(device), queries.to(device), boxes.to(device))
 
 
 def average_over_processes(values: Tensor) -> Tensor:
@@ -35,32 +50,29 @@ def mean_over_processes(count: float, device: torch.device) -> Tensor | float:
     return average_over_processes(torch.tensor(float(count), device=device)).clamp(min=1)
 
 
-def box_losses(boxes: Tensor, truths: list[Tensor], pairs: Pairs, num_boxes: float | Tensor) -> dict[str, Tensor]:
+def box_losses(sets: Sequence[Tensor], pairs: FlatPairs, num_boxes: float | Tensor) -> list[dict[str, Tensor]]:
     """The hosts' L1 and GIoU losses, over aligned pairs instead of the diagonal of all against all.
 
     Args:
-        boxes: ``(B, Q, 4)`` cxcywh.
-        truths: for each image ``(n, 4)`` cxcywh.
-        pairs: which query answers for which truth.
+        sets: boxes of prediction sets, ``(B, Q, 4)`` cxcywh each.
+        pairs: which query answers for which truth, in all of the sets.
         num_boxes: the normaliser.
 
     Returns:
-        ``loss_bbox`` and ``loss_giou``, scalars.
+        For each set ``loss_bbox`` and ``loss_giou``, scalars.
     """
-    images, queries, target = flatten_pairs(pairs, truths, boxes.device)
-    predicted = at_least_float32(boxes[images, queries])
-    target = target.to(predicted.dtype)
-    return {
-        "loss_bbox": (predicted - target).abs().sum() / num_boxes,
-        "loss_giou": (1 - aligned_giou(predicted, target)).sum() / num_boxes,
-    }
+    predicted = at_least_float32(pairs.of(sets))
+    target = pairs.boxes.to(predicted.dtype).expand_as(predicted)
+    l1 = (predicted - target).abs().sum((1, 2)) / num_boxes
+    giou = (1 - aligned_giou(predicted, target)).sum(1) / num_boxes
+    # copies: hosts weigh them in place, which a part of a stack would pass on to the others
+    return [{"loss_bbox": a.clone(), "loss_giou": b.clone()} for a, b in zip(l1, giou, strict=True)]
 
 
 def distribution_losses(
     record: FDRRecord,
     teacher_class_logits: Tensor,
-    truths: list[Tensor],
-    pairs: list[Pairs],
+    pairs: Sequence[FlatPairs],
     num_boxes: float | Tensor,
     config: FDRConfig,
     over_processes: bool = False,
@@ -71,8 +83,7 @@ def distribution_losses(
         record: the predictions of the queries in question.
         teacher_class_logits: ``(B, Q, classes)`` of the last layer; their highest confidence weighs DDF where a query
             has no truth.
-        truths: for each image ``(n, 4)`` cxcywh.
-        pairs: for each layer its pairs; one object for all layers (the union) is encoded once.
+        pairs: for each layer its pairs; one object for all layers, such as the union, is dealt with in one go.
         num_boxes: FGL's normaliser.
         config: temperature, and whether there is DDF.
         over_processes: whether DDF's parts are weighted by the counts of all processes of a distributed run; then each
@@ -81,32 +92,35 @@ def distribution_losses(
     Returns:
         L unweighted FGL terms, and L - 1 unweighted DDF terms (none without ``config.ddf``).
     """
-    fgl: list[Tensor] = []
-    taught: list[tuple[Tensor, Tensor]] = []  # of each layer but the last: which queries are matched, and all qualities
-    device = record.initial_boxes.device
+    num_layers = len(record.boxes)
     frame = record.initial_boxes.detach()
-    confidence = at_least_float32(teacher_class_logits.detach()).sigmoid().amax(-1)
-    encoded_for: Pairs | None = None
-    for layer, (logits, boxes) in enumerate(zip(record.corner_logits, record.boxes, strict=True)):
-        if pairs[layer] is not encoded_for:
-            encoded_for = pairs[layer]
-            images, queries, target = flatten_pairs(encoded_for, truths, device)
-            target = target.to(frame.dtype)
-            bins = encode_boxes(frame[images, queries], target, record.weights)
-        iou = aligned_iou(boxes[images, queries].detach(), target)
-        fgl.append(fgl_of_bins(logits[images, queries], *bins, iou, num_boxes))
-        if config.ddf and layer < len(record.corner_logits) - 1:
-            matched = torch.zeros_like(confidence, dtype=torch.bool)
-            matched[images, queries] = True
-            taught.append((matched, confidence.index_put((images, queries), iou.to(confidence.dtype))))
-    if not taught:
+    fgl: list[Tensor] = []
+    iou: list[Tensor] = []
+    shared = all(of_layer is pairs[0] for of_layer in pairs)
+    for layers in [slice(0, num_layers)] if shared else [slice(i, i + 1) for i in range(num_layers)]:
+        flat = pairs[layers.start]
+        target = flat.boxes.to(frame.dtype)
+        bins = encode_boxes(frame[flat.images, flat.queries], target, record.weights)
+        boxes = flat.of([layer.detach() for layer in record.boxes[layers]])
+        quality = aligned_iou(boxes, target.expand_as(boxes))
+        # copies: hosts weigh them in place, which a part of a stack would pass on to the others
+        fgl += [x.clone() for x in fgl_of_bins(flat.of(record.corner_logits[layers]), *bins, quality, num_boxes)]
+        iou += quality.unbind()
+    if not config.ddf or num_layers == 1:
         return fgl, []
+
+    confidence = at_least_float32(teacher_class_logits.detach()).sigmoid().amax(-1)
+    taught: list[tuple[Tensor, Tensor]] = []  # of each layer but the last: which queries are matched, all qualities
+    for flat, quality in zip(pairs[:-1], iou, strict=False):
+        matched = torch.zeros_like(confidence, dtype=torch.bool)
+        matched[flat.images, flat.queries] = True
+        taught.append((matched, confidence.index_put((flat.images, flat.queries), quality.to(confidence.dtype))))
     counts = torch.stack([query_counts(matched) for matched, _ in taught]).to(frame.dtype)
     if over_processes:
         counts = average_over_processes(counts)
-    teacher = record.corner_logits[-1]
+    targets = soft_targets(record.corner_logits[-1], config.temperature)
     ddf = [
-        ddf_loss(student, teacher, *of_queries, config.temperature, of_layer)
+        ddf_of_targets(student, *targets, *of_queries, config.temperature, of_layer)
         for student, of_queries, of_layer in zip(record.corner_logits, taught, counts, strict=False)
     ]
     return fgl, ddf

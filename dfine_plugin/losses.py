@@ -41,12 +41,22 @@ def fgl_loss(
 def fgl_of_bins(
     logits: Tensor, left_bin: Tensor, left_weight: Tensor, right_weight: Tensor, iou: Tensor, num_boxes: float | Tensor
 ) -> Tensor:
-    """:func:`fgl_loss` for targets that are encoded already: all layers of a decoder share them."""
+    """:func:`fgl_loss` for targets that are encoded already, of one layer or of several with the same targets.
+
+    Args:
+        logits: ``(..., M, 4, K)``.
+        left_bin, left_weight, right_weight: ``(M, 4)``.
+        iou: ``(..., M)``.
+        num_boxes: the normaliser.
+
+    Returns:
+        ``(...)``.
+    """
     logits = at_least_float32(logits)
-    bins = torch.stack([left_bin, left_bin + 1], dim=-1)
+    bins = torch.stack([left_bin, left_bin + 1], dim=-1).expand(*logits.shape[:-1], 2)
     log_probabilities = logits.gather(-1, bins) - logits.logsumexp(-1, keepdim=True)
     cross_entropy = -(torch.stack([left_weight, right_weight], dim=-1) * log_probabilities).sum(-1)
-    loss = (cross_entropy.sum(-1) * iou.detach()).sum()
+    loss = (cross_entropy.sum(-1) * iou.detach()).sum(-1)
     return loss / (num_boxes.clamp(min=1) if isinstance(num_boxes, Tensor) else max(num_boxes, 1))
 
 
@@ -79,10 +89,30 @@ def ddf_loss(
     Returns:
         A scalar, float32 or float64.
     """
-    student, teacher = at_least_float32(student), at_least_float32(teacher).detach()
-    student_log = F.log_softmax(student / temperature, dim=-1)
-    teacher_log = F.log_softmax(teacher / temperature, dim=-1)
-    divergence = F.kl_div(student_log, teacher_log, reduction="none", log_target=True).sum(-1)
+    return ddf_of_targets(student, *soft_targets(teacher, temperature), matched, quality, temperature, counts)
+
+
+@torch.no_grad()
+def soft_targets(teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """``(..., K)`` logits to ``softmax(teacher / T)`` and its ``sum p log p``: the same for all layers that learn."""
+    log_probabilities = F.log_softmax(at_least_float32(teacher) / temperature, dim=-1)
+    probabilities = log_probabilities.exp()
+    return probabilities, (probabilities * log_probabilities).sum(-1)
+
+
+def ddf_of_targets(
+    student: Tensor,
+    probabilities: Tensor,
+    negative_entropy: Tensor,
+    matched: Tensor,
+    quality: Tensor,
+    temperature: float,
+    counts: Tensor | None = None,
+) -> Tensor:
+    """:func:`ddf_loss` for :func:`soft_targets`."""
+    scaled = at_least_float32(student) / temperature
+    # KL(p || q) = sum p log p - sum p log q, and log q = scaled - logsumexp(scaled)
+    divergence = negative_entropy - (probabilities * scaled).sum(-1) + scaled.logsumexp(-1)
     per_query = divergence.mean(-1) * quality.detach().to(divergence.dtype) * temperature**2
     # Counting queries instead of edges changes no mean, and cancels in the square roots. The mean of a part times the
     # root of its count is its sum over that root, which is a zero where the part is empty.
