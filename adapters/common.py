@@ -165,7 +165,9 @@ class UnionCriterion(nn.Module):
         """
         cost = self.matching_cost()
         # no bound method: the matcher in a circle with this would keep the step's graph until the next collection
-        solve = cost and partial(solve_outputs, cost=cost, logits_key=self.logits_key, labels_key=self.labels_key)
+        solve = None
+        if cost is not None:
+            solve = partial(solve_outputs, cost=cost, logits_key=self.logits_key, labels_key=self.labels_key)
         self.matcher = GOLSDMatcher(self.matcher, solve=solve)
         matches: list[Pairs] = []
         for _, alike in groupby(sets, key=lambda pair: (id(pair[1]), pair[0]["pred_boxes"].shape)):

@@ -8,12 +8,14 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.loss.loss_rt_detr import RTDetrHungarianMatcher, RTDetrLoss
 from transformers.models.rt_detr import modeling_rt_detr
 from transformers.models.rt_detr_v2 import modeling_rt_detr_v2
 
 from dfine_plugin.assignment import MatchingCost
+from dfine_plugin.boxes import aligned_iou
 from dfine_plugin.config import FDRConfig
 from dfine_plugin.criterion import distribution_losses, flatten_pairs, mean_over_processes
 from dfine_plugin.head import FDRHead, locate_initial_boxes
@@ -112,6 +114,20 @@ class UnionRTDetrLoss(common.UnionCriterion, RTDetrLoss):
         if type(matcher) is not RTDetrHungarianMatcher or not matcher.use_focal_loss:
             return None
         return MatchingCost(matcher.class_cost, matcher.bbox_cost, matcher.giou_cost, matcher.alpha, matcher.gamma)
+
+    def loss_labels_vfl(self, outputs, targets, indices, num_boxes, log=True):
+        """The host's varifocal loss, with the IoU of aligned pairs instead of the diagonal of all against all."""
+        logits, boxes = outputs["logits"], outputs["pred_boxes"]
+        flat = flatten_pairs(indices, [target["boxes"] for target in targets], logits.device)
+        classes = torch.cat(
+            [t["class_labels"][i.to(logits.device)] for t, (_, i) in zip(targets, indices, strict=True)]
+        )
+        iou = aligned_iou(boxes[flat.images, flat.queries].detach(), flat.boxes).to(logits.dtype)
+        positive = flat.images, flat.queries, classes
+        score = torch.zeros_like(logits).index_put_(positive, iou)
+        weight = (self.alpha * logits.detach().sigmoid().pow(self.gamma)).to(logits.dtype).index_put_(positive, iou)
+        loss = F.binary_cross_entropy_with_logits(logits, score, weight=weight, reduction="sum")
+        return {"loss_vfl": loss / num_boxes}
 
 
 class RTDetrGOLSDLoss:
