@@ -190,7 +190,7 @@ def by_kind(losses: Losses) -> dict[str, float]:
     sums: dict[str, float] = {}
     for name, value in losses.items():
         kind = "_".join(name.split("_")[:2])
-        sums[kind] = sums.get(kind, 0.0) + float(value)
+        sums[kind] = sums.get(kind, 0.0) + float(value.detach())
     return sums
 
 

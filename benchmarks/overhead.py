@@ -1,0 +1,228 @@
+"""What the wrap costs a training step: host and wrapped twin in turn, in one process.
+
+    python -m dfine_plugin.benchmarks.overhead --host rt-detr-r18 --image-size 640 --batch-size 2
+    python -m dfine_plugin.benchmarks.overhead --host detrex/dino --device cuda --image-size 800
+
+A step is forward with losses and backward; within it the criterion is timed apart. The ratios are medians over pairs of
+steps that follow one another. Memory is what the backward pass keeps (on any device) and, on a GPU, the peak.
+"""
+
+from __future__ import annotations
+
+import copy
+import platform
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from dfine_plugin import wrap_decoder
+from dfine_plugin.benchmarks.detrex_hosts import CONFIGS, PixelsAndLabels
+from dfine_plugin.benchmarks.runs import write_json
+
+NUM_CLASSES = 80
+PARTS = ("forward", "criterion", "backward", "step")
+
+
+def _rt_detr(depth: int) -> nn.Module:
+    from transformers import RTDetrConfig, RTDetrForObjectDetection, RTDetrResNetConfig
+
+    small = depth == 18
+    backbone = RTDetrResNetConfig(
+        depths=[2, 2, 2, 2] if small else [3, 4, 6, 3],
+        layer_type="basic" if small else "bottleneck",
+        hidden_sizes=[64, 128, 256, 512] if small else [256, 512, 1024, 2048],
+        out_features=["stage2", "stage3", "stage4"],
+    )
+    sizes = {"encoder_in_channels": [128, 256, 512], "hidden_expansion": 0.5, "decoder_layers": 3} if small else {}
+    return RTDetrForObjectDetection(RTDetrConfig(backbone_config=backbone, num_labels=NUM_CLASSES, **sizes))
+
+
+def _deformable_detr() -> nn.Module:
+    from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection, ResNetConfig
+
+    backbone = ResNetConfig(out_features=["stage2", "stage3", "stage4"])
+    config = DeformableDetrConfig(
+        backbone_config=backbone, with_box_refine=True, two_stage=True, auxiliary_loss=True, num_labels=NUM_CLASSES
+    )
+    return DeformableDetrForObjectDetection(config)
+
+
+def _detrex(name: str) -> nn.Module:
+    """A host of detrex as its config has it."""
+    from detectron2.config import instantiate
+
+    from dfine_plugin.projects.common import detrex_config
+
+    config = detrex_config(CONFIGS[name]).model
+    config.device = "cpu"
+    return PixelsAndLabels(instantiate(config))
+
+
+HOSTS: dict[str, Callable[[], nn.Module]] = {
+    "rt-detr-r18": partial(_rt_detr, 18),
+    "rt-detr-r50": partial(_rt_detr, 50),
+    "deformable-detr-r50": _deformable_detr,
+    **{f"detrex/{name}": partial(_detrex, name) for name in CONFIGS},
+}
+
+
+class Steps:
+    """Training steps of one model on one batch, timed in parts."""
+
+    def __init__(self, model: nn.Module, pixels: Tensor, labels: list[dict[str, Tensor]]) -> None:
+        self.model, self.pixels, self.labels = model.train(), pixels, labels
+        self.spent = 0.0
+        inner: Any = getattr(model, "detector", model)
+        if isinstance(getattr(inner, "criterion", None), nn.Module):
+            inner.criterion.register_forward_pre_hook(lambda *_: self._begin())
+            inner.criterion.register_forward_hook(lambda *_: self._end())
+        else:
+            criterion = inner.loss_function
+            inner.loss_function = lambda *args, **kwargs: self._timed(criterion, *args, **kwargs)
+
+    def _begin(self) -> None:
+        self.started = self.now()
+
+    def _end(self) -> None:
+        self.spent += self.now() - self.started
+
+    def _timed(self, criterion: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._begin()
+        result = criterion(*args, **kwargs)
+        self._end()
+        return result
+
+    def now(self) -> float:
+        if self.pixels.is_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def run(self) -> dict[str, float]:
+        """Seconds of each of PARTS: the forward without the criterion, the criterion, the backward, and all."""
+        self.model.zero_grad()
+        torch.manual_seed(0)  # the same denoising queries for both
+        self.spent = 0.0
+        start = self.now()
+        loss = self.model(pixel_values=self.pixels, labels=self.labels).loss
+        middle = self.now()
+        loss.backward()
+        end = self.now()
+        times = (middle - start - self.spent, self.spent, end - middle, end - start)
+        return dict(zip(PARTS, times, strict=True))
+
+    def memory(self) -> dict[str, int]:
+        """Bytes that a forward keeps for the backward pass, each storage once; on a GPU the peak of a step, too."""
+        kept: dict[int, tuple[Tensor, int]] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = tensor, storage.nbytes()
+            return tensor
+
+        torch.manual_seed(0)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = self.model(pixel_values=self.pixels, labels=self.labels).loss
+        held = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
+        found = {"kept_for_backward": sum(size for key, (_, size) in kept.items() if key not in held)}
+        del loss
+        kept.clear()
+        if self.pixels.is_cuda:
+            self.model.zero_grad()
+            torch.cuda.reset_peak_memory_stats()
+            self.run()
+            found["peak"] = torch.cuda.max_memory_allocated()
+        return found
+
+    def flops(self) -> int:
+        """Floating-point operations of a prediction, as PyTorch counts them."""
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            self.model.eval()(pixel_values=self.pixels)
+        self.model.train()
+        return counter.get_total_flops()
+
+
+def compare(host: str, pixels: Tensor, labels: list[dict[str, Tensor]], repeats: int) -> dict[str, Any]:
+    """Time, memory, parameters and FLOPs of the host and of its wrapped twin, and their ratios."""
+    torch.manual_seed(0)
+    bare = HOSTS[host]()
+    wrapped = copy.deepcopy(bare)
+    wrap_decoder(getattr(wrapped, "detector", wrapped))
+    models = {"host": bare, "wrapped": wrapped}
+    steps = {name: Steps(model.to(pixels.device), pixels, labels) for name, model in models.items()}
+    times: dict[str, list[dict[str, float]]] = {name: [] for name in steps}
+    for repeat in range(repeats + 1):
+        # whoever comes second finds warmer caches: in turn
+        for name in sorted(steps, reverse=bool(repeat % 2)):
+            measured = steps[name].run()
+            if repeat:
+                times[name].append(measured)
+    result: dict[str, Any] = {"name": host, "times": times}
+    result["ratios"] = {
+        part: median(w[part] / h[part] for h, w in zip(times["host"], times["wrapped"], strict=True)) for part in PARTS
+    }
+    for name, one in steps.items():
+        result[name] = {
+            "seconds": {part: median(time[part] for time in times[name]) for part in PARTS},
+            "parameters": sum(p.numel() for p in one.model.parameters()),
+            "memory": one.memory(),
+            "flops": one.flops(),
+        }
+    return result
+
+
+def main(
+    host: Annotated[str, typer.Option(help=f"one of {', '.join(HOSTS)}")] = "rt-detr-r18",
+    image_size: Annotated[int, typer.Option(min=64)] = 640,
+    batch_size: Annotated[int, typer.Option(min=1)] = 2,
+    truths: Annotated[int, typer.Option(min=1, help="in each image")] = 7,
+    repeats: Annotated[int, typer.Option(min=1, help="pairs of steps")] = 15,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    output: Annotated[Path, typer.Option(help="folder for the figures")] = Path("overhead"),
+) -> None:
+    """Compare a training step of a host with that of its wrapped twin."""
+    if host not in HOSTS:
+        raise typer.BadParameter(f"{host!r} is not one of {', '.join(HOSTS)}", param_hint="--host")
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.rand(batch_size, 3, image_size, image_size, generator=generator).to(device)
+    labels = []
+    for _ in range(batch_size):
+        centres, sides = (torch.rand(truths, 2, generator=generator) for _ in range(2))
+        classes = torch.randint(0, NUM_CLASSES, (truths,), generator=generator)
+        boxes = torch.cat([0.3 + 0.4 * centres, 0.05 + 0.4 * sides], dim=1)
+        labels.append({"class_labels": classes.to(device), "boxes": boxes.to(device)})
+    result = compare(host, pixels, labels, repeats)
+    result |= {"image_size": image_size, "batch_size": batch_size, "truths": truths, "torch": torch.__version__}
+    result["device"] = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
+    result["threads"] = torch.get_num_threads()
+    write_json(output / f"{host.replace('/', '-')}.json", result)
+    _show(result)
+
+
+def _show(result: dict[str, Any]) -> None:
+    console, table = Console(), Table("", "host", "wrapped", "ratio")
+    pair = result["host"], result["wrapped"]
+    for part in PARTS:
+        seconds = [1000 * one["seconds"][part] for one in pair]
+        table.add_row(f"{part}, ms", *(f"{value:.1f}" for value in seconds), f"{result['ratios'][part]:.3f}")
+    for name in pair[0]["memory"]:
+        values = [one["memory"][name] / 2**20 for one in pair]
+        table.add_row(f"{name}, MiB", *(f"{value:.1f}" for value in values), f"{values[1] / values[0]:.4f}")
+    for name in ("parameters", "flops"):
+        values = [one[name] for one in pair]
+        table.add_row(name, *(f"{value:,}" for value in values), f"{values[1] / values[0]:.4f}")
+    console.print(f"{result['name']}, {result['batch_size']} images of {result['image_size']} px, {result['device']}")
+    console.print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)
