@@ -161,8 +161,12 @@ class RTDetrGOLSDLoss:
         matched = record.queries(queries)
         assert matched.initial_logits is not None  # this decoder computes the class logits itself
 
+        # not [:, i], whose backward would fill a zero for all layers at each layer
         layers = [
-            hf.prediction_set(outputs_class[:, i, queries], outputs_coord[:, i, queries]) for i in range(num_layers)
+            hf.prediction_set(*layer)
+            for layer in zip(
+                outputs_class[:, :, queries].unbind(1), outputs_coord[:, :, queries].unbind(1), strict=True
+            )
         ]
         encoder = hf.prediction_set(enc_topk_logits, enc_topk_bboxes)
         initial = hf.prediction_set(matched.initial_logits, matched.initial_boxes)
@@ -176,10 +180,11 @@ class RTDetrGOLSDLoss:
         if denoising_meta_values is not None and config.auxiliary_loss:
             own = record.queries(denoising)
             assert own.initial_logits is not None
-            noisy = [
-                hf.prediction_set(outputs_class[:, i, denoising], outputs_coord[:, i, denoising])
-                for i in range(num_layers)
-            ]
+            known_class, known_coord = (
+                outputs_class[:, :, denoising].unbind(1),
+                outputs_coord[:, :, denoising].unbind(1),
+            )
+            noisy = [hf.prediction_set(*layer) for layer in zip(known_class, known_coord, strict=True)]
             outputs["dn_auxiliary_outputs"] = [*noisy, hf.prediction_set(own.initial_logits, own.initial_boxes)]
             outputs["denoising_meta_values"] = denoising_meta_values
             rename[f"_dn_{num_layers}"] = "_dn_pre"
@@ -206,6 +211,11 @@ class RTDetrGOLSDLoss:
             losses[f"loss_fgl{suffix}"] = self.config.fgl_weight * term
         for suffix, term in zip(suffixes, ddf, strict=False):  # the last layer teaches and has none
             losses[f"loss_ddf{suffix}"] = self.config.ddf_weight * term
+
+
+def _prediction_sets(logits: Tensor, boxes: Tensor) -> list[dict[str, Tensor]]:
+    # unbind, not [:, i], whose backward would fill zeros for all layers at each layer
+    return [hf.prediction_set(*layer) for layer in zip(logits.unbind(1), boxes.unbind(1), strict=True)]
 
 
 @register_adapter(

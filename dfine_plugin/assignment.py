@@ -14,8 +14,8 @@ from torch import Tensor
 from .boxes import at_least_float32
 from .matching import Pairs
 
-CHUNK = 2**22
-"""So many costs are computed at a time at most: more sets at once do not pay beyond, and cost memory."""
+CHUNK = {"cpu": 2**18, "cuda": 2**24}
+"""So many costs are computed at a time at most: on a CPU what its cache holds, on a GPU what its memory spares."""
 
 
 @dataclass(frozen=True)
@@ -54,18 +54,29 @@ class MatchingCost:
         negative = (1 - self.alpha) * p.pow(self.gamma) * -(q + 1e-8).log()
         cost = (positive - negative).mul_(self.class_weight)
 
-        predicted = at_least_float32(torch.stack(list(boxes))).permute(3, 1, 0, 2)[:, images]  # (4, M, S, Q)
+        predicted = at_least_float32(torch.stack(list(boxes))).permute(3, 1, 0, 2).contiguous()  # (4, B, S, Q)
         truth = truths.to(cost.dtype).T[:, :, None, None]  # (4, M, 1, 1)
-        cost.add_((predicted - truth).abs_().sum(0), alpha=self.bbox_weight)
+        for coordinate, of_truth in zip(predicted, truth, strict=True):
+            cost.add_((coordinate[images] - of_truth).abs_(), alpha=self.bbox_weight)
 
-        size, truth_size = predicted[2:], truth[2:]
-        near, far = predicted[:2] - size / 2, predicted[:2] + size / 2
-        truth_near, truth_far = truth[:2] - truth_size / 2, truth[:2] + truth_size / 2
-        inner = (torch.minimum(far, truth_far) - torch.maximum(near, truth_near)).clamp_(min=0).prod(0)
-        hull = (torch.maximum(far, truth_far) - torch.minimum(near, truth_near)).clamp_(min=0).prod(0)
-        outer = size.prod(0) + truth_size.prod(0) - inner
-        giou = inner / outer - (hull - outer) / hull
-        return cost.sub_(giou, alpha=self.giou_weight)
+        near, far = predicted[:2] - predicted[2:] / 2, predicted[:2] + predicted[2:] / 2
+        truth_near, truth_far = truth[:2] - truth[2:] / 2, truth[:2] + truth[2:] / 2
+        inner: Tensor | None = None
+        hull: Tensor | None = None
+        for axis in range(2):
+            overlap = torch.minimum(far[axis][images], truth_far[axis])
+            overlap.sub_(torch.maximum(near[axis][images], truth_near[axis]))
+            # the greater of two plus the lesser of two is their sum: a side of the hull without another comparison
+            side = (predicted[2 + axis][images] + truth[2 + axis]).sub_(overlap)
+            overlap.clamp_(min=0)
+            inner = overlap if inner is None else inner.mul_(overlap)
+            hull = side if hull is None else hull.mul_(side)
+        assert inner is not None
+        assert hull is not None
+        areas = predicted[2] * predicted[3]
+        outer = (areas[images] + truth[2] * truth[3]).sub_(inner)
+        # GIoU = inner / outer - (hull - outer) / hull
+        return cost.sub_(inner.div_(outer).add_(outer.div_(hull)).sub_(1), alpha=self.giou_weight)
 
 
 @torch.no_grad()
@@ -96,7 +107,8 @@ def match_sets(
         return [[(nothing, nothing)] * num_images for _ in range(num_sets)]
     images = torch.repeat_interleave(torch.arange(num_images), torch.tensor(sizes)).to(logits[0].device)
     all_labels, all_truths = torch.cat(list(labels)), torch.cat(list(truths))
-    step = max(1, CHUNK // (sum(sizes) * num_queries))
+    chunk = CHUNK.get(logits[0].device.type, CHUNK["cuda"])
+    step = max(1, chunk // (sum(sizes) * num_queries))
     costs = torch.cat(
         [
             cost.matrices(logits[i : i + step], boxes[i : i + step], images, all_labels, all_truths)

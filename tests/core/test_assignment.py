@@ -86,7 +86,7 @@ def test_sets_and_images_do_not_see_one_another() -> None:
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = scene((3, 5), num_sets=7)
     whole = match_sets(*arguments, COST)
-    monkeypatch.setattr(assignment, "CHUNK", 1)
+    monkeypatch.setitem(assignment.CHUNK, "cpu", 1)
     for first, second in zip(match_sets(*arguments, COST), whole, strict=True):
         assert all(torch.equal(a, b) for x, y in zip(first, second, strict=True) for a, b in zip(x, y, strict=True))
 
