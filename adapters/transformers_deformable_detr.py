@@ -73,7 +73,7 @@ class FDRDeformableDetrDecoder(host.DeformableDetrDecoder):
             record.reference_logits.append(recomputed_boxes.four(host.inverse_sigmoid(reference)))
             record.corner_logits.append(state.corner_logits)
             record.boxes.append(state.boxes)
-            quality = self.fdr.quality_logits(index, state.corner_logits)
+            quality = self.fdr.quality_logits(index, state.probabilities)
             if quality is not None:
                 record.quality_logits.append(quality)
             reference = state.boxes.detach().to(reference.dtype)

@@ -70,7 +70,7 @@ class RefiningLoop:
                 logits = self.class_embed[index](hidden_states)
                 if index == 0:
                     record.initial_logits = logits
-                quality = self.fdr.quality_logits(index, state.corner_logits)
+                quality = self.fdr.quality_logits(index, state.probabilities)
                 if quality is not None:
                     logits = logits + quality.to(logits.dtype)
                 class_logits.append(logits)

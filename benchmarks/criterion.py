@@ -113,7 +113,8 @@ def make_ours(sizes: Sizes, device: torch.device) -> Callable[[Step], Losses]:
 
     from dfine_plugin.adapters.transformers_rt_detr import RTDetrGOLSDLoss
 
-    config = RTDetrConfig(backbone_config=RTDetrResNetConfig(), num_labels=sizes.classes)
+    settings: dict[str, Any] = {"num_labels": sizes.classes}
+    config = RTDetrConfig(backbone_config=RTDetrResNetConfig(), **settings)
     golsd = RTDetrGOLSDLoss(FDRConfig())
     weights = FDRConfig().bin_values().to(device)
 

@@ -36,25 +36,21 @@ PARTS = ("forward", "criterion", "backward", "step")
 def _rt_detr(depth: int) -> nn.Module:
     from transformers import RTDetrConfig, RTDetrForObjectDetection, RTDetrResNetConfig
 
-    small = depth == 18
-    backbone = RTDetrResNetConfig(
-        depths=[2, 2, 2, 2] if small else [3, 4, 6, 3],
-        layer_type="basic" if small else "bottleneck",
-        hidden_sizes=[64, 128, 256, 512] if small else [256, 512, 1024, 2048],
-        out_features=["stage2", "stage3", "stage4"],
-    )
-    sizes = {"encoder_in_channels": [128, 256, 512], "hidden_expansion": 0.5, "decoder_layers": 3} if small else {}
-    return RTDetrForObjectDetection(RTDetrConfig(backbone_config=backbone, num_labels=NUM_CLASSES, **sizes))
+    backbone: dict[str, Any] = {"out_features": ["stage2", "stage3", "stage4"]}
+    sizes: dict[str, Any] = {"num_labels": NUM_CLASSES}
+    if depth == 18:
+        backbone |= {"depths": [2, 2, 2, 2], "layer_type": "basic", "hidden_sizes": [64, 128, 256, 512]}
+        sizes |= {"encoder_in_channels": [128, 256, 512], "hidden_expansion": 0.5, "decoder_layers": 3}
+    return RTDetrForObjectDetection(RTDetrConfig(backbone_config=RTDetrResNetConfig(**backbone), **sizes))
 
 
 def _deformable_detr() -> nn.Module:
     from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection, ResNetConfig
 
-    backbone = ResNetConfig(out_features=["stage2", "stage3", "stage4"])
-    config = DeformableDetrConfig(
-        backbone_config=backbone, with_box_refine=True, two_stage=True, auxiliary_loss=True, num_labels=NUM_CLASSES
-    )
-    return DeformableDetrForObjectDetection(config)
+    backbone: dict[str, Any] = {"out_features": ["stage2", "stage3", "stage4"]}
+    sizes: dict[str, Any] = {"num_labels": NUM_CLASSES, "auxiliary_loss": True}
+    sizes |= {"with_box_refine": True, "two_stage": True, "two_stage_num_proposals": 300}
+    return DeformableDetrForObjectDetection(DeformableDetrConfig(backbone_config=ResNetConfig(**backbone), **sizes))
 
 
 def _detrex(name: str) -> nn.Module:

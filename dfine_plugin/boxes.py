@@ -48,8 +48,13 @@ def decode_boxes(initial_boxes: Tensor, logits: Tensor, weights: Tensor) -> Tens
     Returns:
         ``(..., 4)`` cxcywh, float32 or float64.
     """
-    initial_boxes, logits = at_least_float32(initial_boxes), at_least_float32(logits)
-    offsets = (logits.softmax(-1) * weights.to(logits.dtype)).sum(-1)
+    return move_edges(initial_boxes, at_least_float32(logits).softmax(-1), weights)
+
+
+def move_edges(initial_boxes: Tensor, probabilities: Tensor, weights: Tensor) -> Tensor:
+    """:func:`decode_boxes` for the distributions themselves, ``(..., 4, K)``."""
+    initial_boxes = at_least_float32(initial_boxes)
+    offsets = (probabilities * weights.to(probabilities.dtype)).sum(-1)
     near, far = offsets[..., :2], offsets[..., 2:]
     sides = initial_boxes[..., 2:]
     centres = initial_boxes[..., :2] + sides * (far - near) / 2

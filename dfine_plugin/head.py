@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .boxes import at_least_float32, decode_boxes, inverse_sigmoid
+from .boxes import at_least_float32, inverse_sigmoid, move_edges
 from .config import FDRConfig
 
 QUALITY_TOP_K = 4
@@ -65,12 +65,15 @@ class Refinement:
         initial_boxes: ``(B, Q, 4)`` cxcywh, detached: the frame of all layers.
         boxes: ``(B, Q, 4)`` cxcywh after the latest layer.
         corner_logits: ``(B, Q, 4, K)`` after the latest layer, None before the first.
+        probabilities: ``(B, Q, 4, K)``, the softmax of the corner logits, shared by boxes and location quality; None
+            before the first.
         hidden_states: ``(B, Q, C)``, the latest layer's, detached; None before the first.
     """
 
     initial_boxes: Tensor
     boxes: Tensor
     corner_logits: Tensor | None = None
+    probabilities: Tensor | None = None
     hidden_states: Tensor | None = None
 
 
@@ -114,19 +117,21 @@ class FDRHead(nn.Module):
         inputs = hidden_states if state.hidden_states is None else hidden_states + state.hidden_states
         residual = at_least_float32(self.refine[layer](inputs)).unflatten(-1, (4, len(self.weights)))
         corner_logits = residual if state.corner_logits is None else state.corner_logits + residual
+        probabilities = corner_logits.softmax(-1)
         return Refinement(
             initial_boxes=state.initial_boxes,
-            boxes=decode_boxes(state.initial_boxes, corner_logits, self.weights),
+            boxes=move_edges(state.initial_boxes, probabilities, self.weights),
             corner_logits=corner_logits,
+            probabilities=probabilities,
             hidden_states=hidden_states.detach(),
         )
 
-    def quality_logits(self, layer: int, corner_logits: Tensor) -> Tensor | None:
-        """What LQE adds to the layer's class logits: ``(B, Q, 4, K)`` corner logits to ``(B, Q, 1)``; None without."""
+    def quality_logits(self, layer: int, probabilities: Tensor) -> Tensor | None:
+        """What LQE adds to the layer's class logits: ``(B, Q, 4, K)`` distributions to ``(B, Q, 1)``; None without."""
         mlp = self.quality[layer] if len(self.quality) else None
         if not isinstance(mlp, LocationQuality):
             return None
-        peaks = corner_logits.softmax(-1).topk(QUALITY_TOP_K, dim=-1).values
+        peaks = probabilities.topk(QUALITY_TOP_K, dim=-1).values
         shape = torch.cat([peaks, peaks.mean(-1, keepdim=True)], dim=-1).flatten(-2)
         return mlp(shape.to(next(mlp.parameters()).dtype))
 

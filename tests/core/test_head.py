@@ -214,7 +214,7 @@ def test_state_dict_round_trip() -> None:
     other.load_state_dict(torch.load(file, weights_only=True))
     for ours, theirs in zip(run(head, hidden_states(), boxes), run(other, hidden_states(), boxes), strict=True):
         assert torch.equal(ours.boxes, theirs.boxes)
-        assert torch.equal(head.quality_logits(1, ours.corner_logits), other.quality_logits(1, theirs.corner_logits))
+        assert torch.equal(head.quality_logits(1, ours.probabilities), other.quality_logits(1, theirs.probabilities))
 
 
 def test_deepcopy_is_its_own_head() -> None:
