@@ -6,7 +6,8 @@ import os
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from queue import Queue
 from threading import Thread
@@ -56,7 +57,9 @@ def _run_in_processes(runs: Sequence[RunSettings], folder: Path, jobs: int, cons
     # One thread a process: OpenMP threads that wait for one another beside busy processes can slow a step twentyfold.
     os.environ["OMP_NUM_THREADS"] = "1"
     context = get_context("spawn")
-    with context.Manager() as manager, _progress(console) as progress:
+    manager = SyncManager(ctx=context)
+    manager.start(_end_with_parent)
+    with manager, _progress(console) as progress:
         messages: Queue[Message | None] = manager.Queue()
         listener = Thread(target=_show, args=(messages, runs, progress), daemon=True)
         listener.start()
@@ -81,9 +84,22 @@ def _run_in_processes(runs: Sequence[RunSettings], folder: Path, jobs: int, cons
 
 
 def _start_worker() -> None:
+    _end_with_parent()
     torch.set_num_threads(1)
     # One warning a process and step about the hosts' own code; it would tear the progress bars.
     warnings.filterwarnings("ignore")
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed cannot stop its processes: let this one watch for that."""
+    parent = parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    Thread(target=wait, daemon=True).start()
 
 
 def _train(run: RunSettings, messages: Queue[Any]) -> Result:

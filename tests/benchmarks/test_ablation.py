@@ -1,6 +1,9 @@
 """The command from end to end, at the smallest size, and what its settings mean."""
 
 import json
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -121,3 +124,38 @@ def test_ema_ramps_its_decay_and_averages_buffers() -> None:
     ema.update_parameters(model)
     assert ema.module.weight.item() == pytest.approx(float(decay * 1 + (1 - decay) * 3))
     assert ema.module.running_mean.item() == pytest.approx(float((1 - decay) * 5))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks the processes up in /proc")
+def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    arguments = ["--steps", "10000", "--train-images", "16", "--val-images", "4", "--image-size", "64", "--jobs", "1"]
+    command = [sys.executable, "-m", "dfine_plugin.benchmarks.ablation", *arguments, "--output", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        children: set[int] = set()
+        # the manager of the messages, the resource tracker and the worker
+        deadline = time.monotonic() + 120
+        while len(children) < 3 and time.monotonic() < deadline:
+            time.sleep(0.5)
+            children = children_of(process.pid)
+        time.sleep(10)  # let the worker come to its work
+        process.kill()
+    assert len(children) >= 3
+    deadline = time.monotonic() + 30
+    while any(running(child) for child in children) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert not [child for child in children if running(child)]
+
+
+def children_of(parent: int) -> set[int]:
+    found = set()
+    for task in Path("/proc").glob(f"{parent}/task/*/children"):
+        found |= {int(child) for child in task.read_text().split()}
+    return found
+
+
+def running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
