@@ -4,7 +4,8 @@
     python -m dfine_plugin.benchmarks.overhead --host detrex/dino --device cuda --image-size 800
 
 A step is forward with losses and backward; within it the criterion is timed apart. The ratios are medians over pairs of
-steps that follow one another. Memory is what the backward pass keeps (on any device) and, on a GPU, the peak.
+steps that follow one another. Memory is what the backward pass keeps (on any device) and, on a GPU, the peak. Inference
+is the host's against that of its deployed twin, with its FLOPs.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dfine_plugin import wrap_decoder
+from dfine_plugin import deploy, wrap_decoder
 from dfine_plugin.benchmarks.detrex_hosts import CONFIGS, PixelsAndLabels
 from dfine_plugin.benchmarks.runs import write_json
 
@@ -139,11 +140,17 @@ class Steps:
             found["peak"] = torch.cuda.max_memory_allocated()
         return found
 
+    def predict(self) -> float:
+        """Seconds of a prediction."""
+        start = self.now()
+        with torch.no_grad():
+            self.model(pixel_values=self.pixels)
+        return self.now() - start
+
     def flops(self) -> int:
         """Floating-point operations of a prediction, as PyTorch counts them."""
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            self.model.eval()(pixel_values=self.pixels)
-        self.model.train()
+        with FlopCounterMode(display=False) as counter:
+            self.predict()
         return counter.get_total_flops()
 
 
@@ -171,8 +178,20 @@ def compare(host: str, pixels: Tensor, labels: list[dict[str, Tensor]], repeats:
             "seconds": {part: median(time[part] for time in times[name]) for part in PARTS},
             "parameters": sum(p.numel() for p in one.model.parameters()),
             "memory": one.memory(),
-            "flops": one.flops(),
         }
+
+    bare.eval()
+    deploy(getattr(wrapped.eval(), "detector", wrapped))
+    spent: dict[str, list[float]] = {name: [] for name in steps}
+    for repeat in range(repeats + 1):
+        for name in sorted(steps, reverse=bool(repeat % 2)):
+            seconds = steps[name].predict()
+            if repeat:
+                spent[name].append(seconds)
+    for name, one in steps.items():
+        result[name]["seconds"]["inference"] = median(spent[name])
+        result[name]["flops"] = one.flops()
+    result["ratios"]["inference"] = median(w / h for h, w in zip(spent["host"], spent["wrapped"], strict=True))
     return result
 
 
@@ -207,7 +226,7 @@ def main(
 def _show(result: dict[str, Any]) -> None:
     console, table = Console(), Table("", "host", "wrapped", "ratio")
     pair = result["host"], result["wrapped"]
-    for part in PARTS:
+    for part in (*PARTS, "inference"):
         seconds = [1000 * one["seconds"][part] for one in pair]
         table.add_row(f"{part}, ms", *(f"{value:.1f}" for value in seconds), f"{result['ratios'][part]:.3f}")
     for name in pair[0]["memory"]:
