@@ -10,6 +10,15 @@ from dfine_plugin.record import current_scope
 
 from .hosts import Host, build, images, labels
 
+# What is wrong with the second image's truths, and what says so.
+WRONG_TARGETS = [
+    (lambda t: t["class_labels"].fill_(7), r"image 1, truth 0: label 7 is out of range for 3 classes"),
+    (lambda t: t["class_labels"].fill_(-1), r"image 1, truth 0: label -1 is out of range"),
+    (lambda t: t["boxes"].mul_(640), r"image 1, truth 0: box \[.*\] looks like pixels"),
+    (lambda t: t["boxes"][2, 3].zero_(), r"image 1, truth 2: box \[.*\] .* has no area"),
+    (lambda t: t["boxes"][1, 0].fill_(float("nan")), r"image 1, truth 1: box \[nan.*\] is not finite"),
+]
+
 
 def wrapped(host: Host) -> nn.Module:
     return wrap_decoder(build(host), host.config())
@@ -19,13 +28,7 @@ def wrapped(host: Host) -> nn.Module:
 def test_wrong_targets_are_named_by_image_and_value(transformers_host: Host, training: bool) -> None:
     host = transformers_host
     model = wrapped(host).train(training)
-    for spoil, message in [
-        (lambda t: t["class_labels"].fill_(7), r"image 1, truth 0: label 7 is out of range for 3 classes"),
-        (lambda t: t["class_labels"].fill_(-1), r"image 1, truth 0: label -1 is out of range"),
-        (lambda t: t["boxes"].mul_(640), r"image 1, truth 0: box \[.*\] looks like pixels"),
-        (lambda t: t["boxes"][2, 3].zero_(), r"image 1, truth 2: box \[.*\] .* has no area"),
-        (lambda t: t["boxes"][1, 0].fill_(float("nan")), r"image 1, truth 1: box \[nan.*\] is not finite"),
-    ]:
+    for spoil, message in WRONG_TARGETS:
         targets = labels()
         spoil(targets[1])
         with pytest.raises(InvalidTargetError, match=message):
@@ -39,13 +42,7 @@ def test_wrong_targets_are_named_by_image_and_value(transformers_host: Host, tra
 
 def test_wrong_instances_are_named_by_image_and_value(detrex_host: Host) -> None:
     model = wrapped(detrex_host).train()
-    for spoil, message in [
-        (lambda t: t["class_labels"].fill_(7), r"image 1, truth 0: label 7 is out of range for 3 classes"),
-        (lambda t: t["class_labels"].fill_(-1), r"image 1, truth 0: label -1 is out of range"),
-        (lambda t: t["boxes"].mul_(640), r"image 1, truth 0: box \[.*\] looks like pixels"),
-        (lambda t: t["boxes"][2, 3].zero_(), r"image 1, truth 2: box \[.*\] .* has no area"),
-        (lambda t: t["boxes"][1, 0].fill_(float("nan")), r"image 1, truth 1: box \[nan.*\] is not finite"),
-    ]:
+    for spoil, message in WRONG_TARGETS:
         targets = labels()
         spoil(targets[1])
         with pytest.raises(InvalidTargetError, match=message):
