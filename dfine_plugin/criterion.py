@@ -1,6 +1,7 @@
 """FGL and DDF over all layers of a decoder, and what the hosts' box losses need for the union."""
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -15,10 +16,12 @@ from .record import FDRRecord
 
 
 class FlatPairs(NamedTuple):
-    """The M pairs of a batch: ``(M,)`` indices of their images and queries, and the truths' boxes ``(M, 4)``."""
+    """The M pairs of a batch: ``(M,)`` indices of their images, queries and truths (counted over all images), and the
+    truths' boxes ``(M, 4)``."""
 
     images: Tensor
     queries: Tensor
+    truths: Tensor
     boxes: Tensor
 
     def of(self, predictions: Sequence[Tensor]) -> Tensor:
@@ -30,8 +33,11 @@ def flatten_pairs(pairs: Pairs, truths: list[Tensor], device: torch.device) -> F
     """Pairs of all images in one go, from their indices and each image's truths ``(n, 4)``."""
     images = torch.cat([torch.full_like(queries, image) for image, (queries, _) in enumerate(pairs)])
     queries = torch.cat([queries for queries, _ in pairs])
-    boxes = torch.cat([boxes[indices.to(boxes.device)] for boxes, (_, indices) in zip(truths, pairs, strict=True)])
-    return FlatPairs(images.to(device), queries.to(device), boxes.to(device))
+    starts = accumulate((len(boxes) for boxes in truths[:-1]), initial=0)
+    indices = torch.cat([indices + start for (_, indices), start in zip(pairs, starts, strict=True)])
+    # one copy to the device for all
+    images, queries, indices = torch.stack([images, queries, indices]).to(device)
+    return FlatPairs(images, queries, indices, torch.cat(list(truths)).to(device)[indices])
 
 
 def average_over_processes(values: Tensor) -> Tensor:
