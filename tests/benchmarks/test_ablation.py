@@ -131,7 +131,9 @@ def test_ema_ramps_its_decay_and_averages_buffers() -> None:
 def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     arguments = ["--steps", "10000", "--train-images", "16", "--val-images", "4", "--image-size", "64", "--jobs", "1"]
     command = [sys.executable, "-m", "dfine_plugin.benchmarks.ablation", *arguments, "--output", str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    # from elsewhere, lest the checkout hide the installed package
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, cwd=tmp_path, **quiet) as process:
         children: set[int] = set()
         # the manager of the messages, the resource tracker and the worker
         deadline = time.monotonic() + 120
