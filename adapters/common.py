@@ -13,7 +13,7 @@ from dfine_plugin.assignment import MatchingCost, match_sets
 from dfine_plugin.config import FDRConfig
 from dfine_plugin.criterion import FlatPairs, box_losses, distribution_losses, flatten_pairs, mean_over_processes
 from dfine_plugin.matching import GOLSDMatcher, Pairs, union_matching
-from dfine_plugin.record import FDRRecord
+from dfine_plugin.record import FDRRecord, current_scope
 from dfine_plugin.validation import check_finite
 
 Host = Any
@@ -124,6 +124,24 @@ def rename_suffixes(losses: Mapping[str, Tensor], suffixes: Mapping[str, str]) -
     return {renamed(key): value for key, value in losses.items()}
 
 
+Terms = tuple[list[Tensor], list[Tensor]]
+"""FGL of every layer, and DDF of every layer but the last."""
+
+
+def named_terms(terms: Terms, suffixes: list[str]) -> dict[str, Tensor]:
+    """The plugin's terms under their names in a loss dict, with the layers' suffixes in order."""
+    fgl, ddf = terms
+    named = {f"loss_fgl{suffix}": term for suffix, term in zip(suffixes, fgl, strict=True)}
+    # the last layer teaches and has none
+    return named | {f"loss_ddf{suffix}": term for suffix, term in zip(suffixes, ddf, strict=False)}
+
+
+def take_in_idle(losses: dict[str, Tensor]) -> None:
+    """Give this batch's idle parameters a gradient of zero, for DistributedDataParallel waits for one."""
+    for parameter in current_scope().idle:
+        losses["loss_bbox"] = losses["loss_bbox"] + 0 * parameter.sum()
+
+
 def solve_outputs(
     sets: list[dict[str, Tensor]],
     targets: list[dict[str, Tensor]],
@@ -211,7 +229,7 @@ class UnionCriterion(nn.Module):
         sets: list[dict[str, Tensor]],
         config: FDRConfig,
         over_processes: bool = True,
-    ) -> tuple[list[Tensor], list[Tensor]]:
+    ) -> Terms:
         """FGL and DDF of a group of queries, over the pairs of their box losses, after the criterion has run.
 
         Args:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from detrex.layers import MLP
+from detrex.layers import MLP, box_xyxy_to_cxcywh
 from detrex.modeling import HungarianMatcher
 from detrex.utils import inverse_sigmoid
 from torch import Tensor, nn
@@ -211,20 +211,20 @@ class GOLSDCriterion(common.UnionCriterion):
         losses = common.rename_suffixes(losses, {f"_dn_{count}": "_dn_pre", f"_{count}": "_pre"})
 
         names = [*(f"_{i}" for i in range(count)), ""]
-        self._add(losses, names, self.distribution_losses(record.last(len(layers)), layers, self.fdr_config))
+        terms = self.distribution_losses(record.last(len(layers)), layers, self.fdr_config)
+        losses.update(common.named_terms(terms, names))
         if self.denoises:
             names = [*(f"_dn_{i}" for i in range(count)), "_dn"]
             if known is None:
                 # every process reports the same terms: the trainer averages them by name
                 nothing = [record.initial_boxes.new_zeros(()) for _ in names]
-                self._add(losses, names, (nothing, nothing[:-1] if self.fdr_config.ddf else []))
+                terms = nothing, nothing[:-1] if self.fdr_config.ddf else []
             else:
                 own = own.last(len(layers))
                 terms = self.distribution_losses(own, known_layers, self.fdr_config, over_processes=False)
-                self._add(losses, names, terms)
+            losses.update(common.named_terms(terms, names))
         check_finite(losses)
-        for parameter in current_scope().idle:
-            losses["loss_bbox"] = losses["loss_bbox"] + 0 * parameter.sum()
+        common.take_in_idle(losses)
         return losses
 
     def encoder_targets(self, targets: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
@@ -232,13 +232,6 @@ class GOLSDCriterion(common.UnionCriterion):
         if not getattr(self, "two_stage_binary_cls", False):
             return targets
         return [{**target, "labels": torch.zeros_like(target["labels"])} for target in targets]
-
-    @staticmethod
-    def _add(losses: dict[str, Tensor], names: list[str], terms: tuple[list[Tensor], list[Tensor]]) -> None:
-        fgl, ddf = terms
-        losses.update({f"loss_fgl{name}": term for name, term in zip(names, fgl, strict=True)})
-        # the last layer teaches and has none
-        losses.update({f"loss_ddf{name}": term for name, term in zip(names, ddf, strict=False)})
 
 
 class DenoisingOutputs(GOLSDCriterion):
@@ -368,8 +361,7 @@ def _relative_targets(instances: Any) -> dict[str, Tensor]:
     """detectron2's Instances, boxes as cxcywh in image sides, under their own names."""
     height, width = instances.image_size
     corners = instances.gt_boxes.tensor / instances.gt_boxes.tensor.new_tensor([width, height, width, height])
-    near, far = corners[:, :2], corners[:, 2:]
-    return {"gt_classes": instances.gt_classes, "gt_boxes": torch.cat([(near + far) / 2, far - near], dim=-1)}
+    return {"gt_classes": instances.gt_classes, "gt_boxes": box_xyxy_to_cxcywh(corners)}
 
 
 def _seed_from_baseline(model: Host, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

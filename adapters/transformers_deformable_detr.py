@@ -145,10 +145,9 @@ class DeformableDetrGOLSDLoss:
         losses = common.rename_suffixes(losses, {f"_{len(auxiliary)}": "_pre"})
 
         supervised = layers if config.auxiliary_loss else layers[-1:]
-        fgl, ddf = criterion.distribution_losses(record.last(len(supervised)), supervised, self.config)
+        terms = criterion.distribution_losses(record.last(len(supervised)), supervised, self.config)
         suffixes = [*(f"_{i}" for i in range(len(auxiliary))), ""]
-        losses.update({f"loss_fgl{suffix}": term for suffix, term in zip(suffixes, fgl, strict=True)})
-        losses.update({f"loss_ddf{suffix}": term for suffix, term in zip(suffixes, ddf, strict=False)})
+        losses.update(common.named_terms(terms, suffixes))
         check_finite(losses)
         weights = {
             "loss_ce": 1.0,

@@ -119,9 +119,7 @@ class UnionRTDetrLoss(common.UnionCriterion, RTDetrLoss):
         """The host's varifocal loss, with the IoU of aligned pairs instead of the diagonal of all against all."""
         logits, boxes = outputs["logits"], outputs["pred_boxes"]
         flat = flatten_pairs(indices, [target["boxes"] for target in targets], logits.device)
-        classes = torch.cat(
-            [t["class_labels"][i.to(logits.device)] for t, (_, i) in zip(targets, indices, strict=True)]
-        )
+        classes = torch.cat([target["class_labels"] for target in targets])[flat.truths]
         iou = aligned_iou(boxes[flat.images, flat.queries].detach(), flat.boxes).to(logits.dtype)
         positive = flat.images, flat.queries, classes
         score = torch.zeros_like(logits).index_put_(positive, iou)
@@ -161,13 +159,7 @@ class RTDetrGOLSDLoss:
         matched = record.queries(queries)
         assert matched.initial_logits is not None  # this decoder computes the class logits itself
 
-        # not [:, i], whose backward would fill a zero for all layers at each layer
-        layers = [
-            hf.prediction_set(*layer)
-            for layer in zip(
-                outputs_class[:, :, queries].unbind(1), outputs_coord[:, :, queries].unbind(1), strict=True
-            )
-        ]
+        layers = _prediction_sets(outputs_class[:, :, queries], outputs_coord[:, :, queries])
         encoder = hf.prediction_set(enc_topk_logits, enc_topk_bboxes)
         initial = hf.prediction_set(matched.initial_logits, matched.initial_boxes)
         auxiliary = [*layers[:-1], encoder] if config.auxiliary_loss else []
@@ -180,37 +172,31 @@ class RTDetrGOLSDLoss:
         if denoising_meta_values is not None and config.auxiliary_loss:
             own = record.queries(denoising)
             assert own.initial_logits is not None
-            known_class, known_coord = (
-                outputs_class[:, :, denoising].unbind(1),
-                outputs_coord[:, :, denoising].unbind(1),
-            )
-            noisy = [hf.prediction_set(*layer) for layer in zip(known_class, known_coord, strict=True)]
+            noisy = _prediction_sets(outputs_class[:, :, denoising], outputs_coord[:, :, denoising])
             outputs["dn_auxiliary_outputs"] = [*noisy, hf.prediction_set(own.initial_logits, own.initial_boxes)]
             outputs["denoising_meta_values"] = denoising_meta_values
             rename[f"_dn_{num_layers}"] = "_dn_pre"
         losses = common.rename_suffixes(criterion(outputs, labels), rename)
 
         supervised = layers if config.auxiliary_loss else layers[-1:]
-        fgl, ddf = criterion.distribution_losses(matched.last(len(supervised)), supervised, self.config)
+        terms = criterion.distribution_losses(matched.last(len(supervised)), supervised, self.config)
         suffixes = [*(f"_aux_{i}" for i in range(len(supervised) - 1)), ""]
-        self._add(losses, fgl, ddf, suffixes)
+        losses.update(self._weighted(terms, suffixes))
         known = criterion.get_cdn_matched_indices(denoising_meta_values, labels) if denoising_meta_values else []
         # outside of the branch: a process without a truth has no denoising queries, yet the others wait for its count
         num_known = mean_over_processes(sum(len(queries) for queries, _ in known), outputs_class.device)
         if denoising_meta_values is not None and config.auxiliary_loss:
             flat = flatten_pairs(known, [target["boxes"] for target in labels], outputs_class.device)
-            fgl, ddf = distribution_losses(own, noisy[-1]["logits"], [flat] * num_layers, num_known, self.config)
-            self._add(losses, fgl, ddf, [f"_dn_{i}" for i in range(num_layers)])
+            terms = distribution_losses(own, noisy[-1]["logits"], [flat] * num_layers, num_known, self.config)
+            losses.update(self._weighted(terms, [f"_dn_{i}" for i in range(num_layers)]))
         check_finite(losses)
-        for parameter in current_scope().idle:
-            losses["loss_bbox"] = losses["loss_bbox"] + 0 * parameter.sum()
+        common.take_in_idle(losses)
         return torch.stack([*losses.values()]).sum(), losses, auxiliary or None
 
-    def _add(self, losses: dict[str, Tensor], fgl: list[Tensor], ddf: list[Tensor], suffixes: list[str]) -> None:
-        for suffix, term in zip(suffixes, fgl, strict=True):
-            losses[f"loss_fgl{suffix}"] = self.config.fgl_weight * term
-        for suffix, term in zip(suffixes, ddf, strict=False):  # the last layer teaches and has none
-            losses[f"loss_ddf{suffix}"] = self.config.ddf_weight * term
+    def _weighted(self, terms: common.Terms, suffixes: list[str]) -> dict[str, Tensor]:
+        fgl, ddf = terms
+        weighted = [self.config.fgl_weight * term for term in fgl], [self.config.ddf_weight * term for term in ddf]
+        return common.named_terms(weighted, suffixes)
 
 
 def _prediction_sets(logits: Tensor, boxes: Tensor) -> list[dict[str, Tensor]]:

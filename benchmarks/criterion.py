@@ -10,9 +10,7 @@ the two agree. Ours is the one that a wrapped RT-DETR of transformers trains wit
 from __future__ import annotations
 
 import importlib.util
-import platform
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +26,7 @@ from torch import Tensor
 
 from dfine_plugin import FDRConfig, decode_boxes
 from dfine_plugin.benchmarks.runs import write_json
+from dfine_plugin.benchmarks.timing import device_name, now
 from dfine_plugin.record import FDRRecord, close_scope, leave_record, open_scope
 
 Losses = dict[str, Tensor]
@@ -211,16 +210,9 @@ def seconds(run: Callable[[Step], Losses], step: Step, device: torch.device) -> 
     """One forward and backward."""
     for leaf in step.leaves():
         leaf.grad = None
-    _wait(device)
-    start = time.perf_counter()
+    start = now(device)
     torch.stack([*run(step).values()]).sum().backward()
-    _wait(device)
-    return time.perf_counter() - start
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    return now(device) - start
 
 
 def main(
@@ -258,7 +250,7 @@ def main(
                 row["ratio"] = median(b / a for a, b in zip(times["ours"], times["theirs"], strict=True))
             rows.append(row)
             console.print(_line(row))
-    _report(rows, sizes, device, output, console)
+    _report(rows, sizes, where, output, console)
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -268,14 +260,13 @@ def _line(row: dict[str, Any]) -> str:
     return line
 
 
-def _report(rows: list[dict[str, Any]], sizes: Sizes, device: str, output: Path, console: Console) -> None:
+def _report(rows: list[dict[str, Any]], sizes: Sizes, device: torch.device, output: Path, console: Console) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    name = torch.cuda.get_device_name() if device == "cuda" else f"{platform.processor() or platform.machine()}"
-    about = {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    about = {"device": device_name(device), "threads": torch.get_num_threads(), "torch": torch.__version__}
     write_json(output / "criterion.json", {**about, "sizes": vars(sizes), "rows": rows})
     table = Table("images", "truths an image", "ours, ms", "authors', ms", "ratio")
     figure, axes = pyplot.subplots(figsize=(6, 4))

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchvision.ops import box_convert
 
 # From a host's name to detrex's own config.
 CONFIGS = {
@@ -88,8 +89,7 @@ class PixelsAndLabels(nn.Module):
         for image, result in enumerate(results):
             rows = torch.arange(len(result))
             logits[image, rows, result.pred_classes] = torch.logit(result.scores.to(logits.dtype))
-            near, far = (result.pred_boxes.tensor / sides).split(2, dim=-1)
-            boxes[image, rows] = torch.cat([(near + far) / 2, far - near], dim=-1).to(boxes.dtype)
+            boxes[image, rows] = box_convert(result.pred_boxes.tensor / sides, "xyxy", "cxcywh").to(boxes.dtype)
         return SimpleNamespace(logits=logits, pred_boxes=boxes)
 
 
@@ -97,7 +97,6 @@ def _instances(target: dict[str, Tensor], height: int, width: int) -> Any:
     """A truth of transformers' as detectron2's Instances, boxes in pixels."""
     from detectron2.structures import Boxes, Instances
 
-    centre, size = target["boxes"].split(2, dim=-1)
-    corners = torch.cat([centre - size / 2, centre + size / 2], dim=-1)
+    corners = box_convert(target["boxes"], "cxcywh", "xyxy")
     corners = corners * corners.new_tensor([width, height, width, height])
     return Instances((height, width), gt_boxes=Boxes(corners), gt_classes=target["class_labels"])

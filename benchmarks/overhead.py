@@ -11,8 +11,6 @@ is the host's against that of its deployed twin, with its FLOPs.
 from __future__ import annotations
 
 import copy
-import platform
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -29,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dfine_plugin import deploy, wrap_decoder
 from dfine_plugin.benchmarks.detrex_hosts import CONFIGS, PixelsAndLabels
 from dfine_plugin.benchmarks.runs import write_json
+from dfine_plugin.benchmarks.timing import device_name, now
 
 NUM_CLASSES = 80
 PARTS = ("forward", "criterion", "backward", "step")
@@ -87,6 +86,9 @@ class Steps:
             criterion = inner.loss_function
             inner.loss_function = lambda *args, **kwargs: self._timed(criterion, *args, **kwargs)
 
+    def now(self) -> float:
+        return now(self.pixels.device)
+
     def _begin(self) -> None:
         self.started = self.now()
 
@@ -98,11 +100,6 @@ class Steps:
         result = criterion(*args, **kwargs)
         self._end()
         return result
-
-    def now(self) -> float:
-        if self.pixels.is_cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter()
 
     def run(self) -> dict[str, float]:
         """Seconds of each of PARTS: the forward without the criterion, the criterion, the backward, and all."""
@@ -217,7 +214,7 @@ def main(
         labels.append({"class_labels": classes.to(device), "boxes": boxes.to(device)})
     result = compare(host, pixels, labels, repeats)
     result |= {"image_size": image_size, "batch_size": batch_size, "truths": truths, "torch": torch.__version__}
-    result["device"] = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
+    result["device"] = device_name(pixels.device)
     result["threads"] = torch.get_num_threads()
     write_json(output / f"{host.replace('/', '-')}.json", result)
     _show(result)

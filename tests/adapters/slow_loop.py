@@ -187,6 +187,25 @@ def ddf(
     return total / roots
 
 
+def distribution_terms(
+    names: list[str],
+    part: Predictions,
+    targets: list[dict[str, Tensor]],
+    pairs_of: list[Pairs],
+    norm: float,
+    config: Any,
+) -> dict[str, Tensor]:
+    """Every weighted FGL and DDF term of a group of queries, under the suffixes of its layers."""
+    w_of_n = config.bin_values().double().tolist()
+    losses = {}
+    for i, suffix in enumerate(names):
+        term = fgl(part.corner_logits[i], part.boxes[i], part.initial_boxes, targets, pairs_of[i], norm, w_of_n)
+        losses["loss_fgl" + suffix] = config.fgl_weight * term
+        if config.ddf and i < len(names) - 1:
+            losses["loss_ddf" + suffix] = config.ddf_weight * ddf(i, part, targets, pairs_of[i], config.temperature)
+    return losses
+
+
 def vfl(logits: Tensor, boxes: Tensor, targets: list[dict[str, Tensor]], pairs: Pairs, norm: float) -> Tensor:
     """RT-DETR's varifocal loss: alpha 0.75, gamma 2."""
     score = torch.zeros_like(logits)

@@ -173,7 +173,6 @@ def slow_losses(
     config: FDRConfig,
 ) -> dict[str, Tensor]:
     """Every term of the loss dict, weighted, under the host's names; ``weights`` are the bare host's."""
-    w_of_n = config.bin_values().double().tolist()
     costs = {"class": 2.0, "bbox": 5.0, "giou": 2.0}
     losses: dict[str, Tensor] = {}
 
@@ -182,14 +181,6 @@ def slow_losses(
         losses["loss_class" + suffix] = base["loss_class"] * slow.focal(logits, targets, own, n)
         for name, term in slow.box_terms(boxes, targets, pairs, m).items():
             losses[name + suffix] = base[name] * term
-
-    def add_fdr(names: list[str], part: slow.Predictions, targets: Any, pairs_of: list, n: float) -> None:
-        for i, suffix in enumerate(names):
-            term = slow.fgl(part.corner_logits[i], part.boxes[i], part.initial_boxes, targets, pairs_of[i], n, w_of_n)
-            losses["loss_fgl" + suffix] = config.fgl_weight * term
-            if config.ddf and i < len(names) - 1:
-                term = slow.ddf(i, part, targets, pairs_of[i], config.temperature)
-                losses["loss_ddf" + suffix] = config.ddf_weight * term
 
     def add_branch(part: slow.Predictions, targets: list, encoder: dict[str, Tensor] | None, tail: str) -> None:
         num_layers = len(part.boxes)
@@ -216,7 +207,11 @@ def slow_losses(
             goal = encoded if suffix == "_enc" else targets
             add_set(suffix + tail, logits, boxes, goal, own, united if take else own, count, norm if take else count)
         pairs_of = [united if config.union else matches[s] for s in suffixes]
-        add_fdr([s + tail for s in suffixes], part, targets, pairs_of, norm if config.union else count)
+        losses.update(
+            slow.distribution_terms(
+                [s + tail for s in suffixes], part, targets, pairs_of, norm if config.union else count, config
+            )
+        )
 
     outputs = calls[0][0]
     count = outputs["pred_boxes"].shape[1]
@@ -241,7 +236,7 @@ def slow_losses(
         for i, suffix in enumerate(names):
             add_set(suffix, part.logits[i], reported(part.boxes[i]), truths, known, known, n, n)
         add_set("_dn_pre", part.initial_logits, part.initial_boxes, truths, known, known, n, n)
-        add_fdr(names, part, truths, [known] * len(names), n)
+        losses.update(slow.distribution_terms(names, part, truths, [known] * len(names), n, config))
     return losses
 
 

@@ -91,7 +91,6 @@ def slow_losses(
 ) -> dict[str, Tensor]:
     """Every term of the loss dict, weighted, under the host's names."""
     own = model.config
-    w_of_n = config.bin_values().double().tolist()
     rt_detr = host.name.startswith("rt-detr")
     costs = (
         {"class": own.matcher_class_cost, "bbox": own.matcher_bbox_cost, "giou": own.matcher_giou_cost}
@@ -126,18 +125,14 @@ def slow_losses(
         losses["loss_bbox" + suffix] = l1_weight * terms["loss_bbox"]
         losses["loss_giou" + suffix] = giou_weight * terms["loss_giou"]
 
-    def add_fdr(names: list[str], part: slow.Predictions, pairs_of: list, n: float) -> None:
-        for i, suffix in enumerate(names):
-            term = slow.fgl(part.corner_logits[i], part.boxes[i], part.initial_boxes, targets, pairs_of[i], n, w_of_n)
-            losses["loss_fgl" + suffix] = config.fgl_weight * term
-            if config.ddf and i < len(names) - 1:
-                term = slow.ddf(i, part, targets, pairs_of[i], config.temperature)
-                losses["loss_ddf" + suffix] = config.ddf_weight * term
-
     for suffix, (logits, boxes) in sets.items():
         pairs = united if config.union else matches[suffix]
         add_set(suffix, logits, boxes, matches[suffix], pairs, truths, norm)
-    add_fdr(suffixes, normal, [united if config.union else matches[s] for s in suffixes], norm)
+    losses.update(
+        slow.distribution_terms(
+            suffixes, normal, targets, [united if config.union else matches[s] for s in suffixes], norm, config
+        )
+    )
     if meta:
         noisy = predictions.part(slice(0, split))
         known = [
@@ -149,7 +144,7 @@ def slow_losses(
         for i, suffix in enumerate(names):
             add_set(suffix, noisy.logits[i], noisy.boxes[i], known, known, n, n)
         add_set("_dn_pre", noisy.initial_logits, noisy.initial_boxes, known, known, n, n)
-        add_fdr(names, noisy, [known] * num_layers, n)
+        losses.update(slow.distribution_terms(names, noisy, targets, [known] * num_layers, n, config))
     return losses
 
 

@@ -22,17 +22,20 @@ _BACKBONE = {
     "layer_type": "basic",
     "out_features": ["stage2", "stage3", "stage4"],
 }
-_RT_DETR = {
-    "d_model": 32,
-    "encoder_hidden_dim": 32,
-    "encoder_in_channels": [16, 24, 32],
-    "decoder_in_channels": [32, 32, 32],
+_DECODER = {
     "encoder_ffn_dim": 32,
     "decoder_ffn_dim": 32,
     "encoder_attention_heads": 4,
     "decoder_attention_heads": 4,
     "decoder_layers": NUM_LAYERS,
     "num_queries": 12,
+}
+_RT_DETR = {
+    "d_model": 32,
+    "encoder_hidden_dim": 32,
+    "encoder_in_channels": [16, 24, 32],
+    "decoder_in_channels": [32, 32, 32],
+    **_DECODER,
     "num_denoising": 6,
     "num_labels": NUM_CLASSES,
     "use_pretrained_backbone": False,
@@ -41,12 +44,7 @@ _RT_DETR = {
 _DEFORMABLE = {
     "d_model": 32,
     "encoder_layers": 1,
-    "encoder_ffn_dim": 32,
-    "decoder_ffn_dim": 32,
-    "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4,
-    "decoder_layers": NUM_LAYERS,
-    "num_queries": 12,
+    **_DECODER,
     "two_stage_num_proposals": 12,
     "num_feature_levels": 3,
     "num_labels": NUM_CLASSES,

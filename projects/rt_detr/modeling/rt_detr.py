@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from detectron2.modeling import detector_postprocess
 from detectron2.structures import Boxes, ImageList, Instances
 from omegaconf import OmegaConf
 from torch import Tensor, nn
+from torchvision.ops import box_convert
 from transformers import RTDetrConfig, RTDetrForObjectDetection, RTDetrResNetConfig
 
 LARGEST_STRIDE = 32
@@ -120,15 +120,13 @@ class RTDETR(nn.Module):
 
     def _labels(self, instances: Instances, pixels: Tensor) -> dict[str, Tensor]:
         corners = instances.gt_boxes.tensor / _sides(pixels)
-        near, far = corners.split(2, dim=-1)
-        return {"class_labels": instances.gt_classes, "boxes": torch.cat([(near + far) / 2, far - near], dim=-1)}
+        return {"class_labels": instances.gt_classes, "boxes": box_convert(corners, "xyxy", "cxcywh")}
 
     def _instances(self, logits: Tensor, boxes: Tensor, images: ImageList) -> list[Instances]:
         num_classes = logits.shape[-1]
         count = min(self.select_box_nums_for_evaluation, logits.shape[1] * num_classes)
         scores, indices = logits.float().sigmoid().flatten(1).topk(count, dim=1)
-        centre, size = boxes.split(2, dim=-1)
-        corners = torch.cat([centre - size / 2, centre + size / 2], dim=-1) * _sides(images.tensor)
+        corners = box_convert(boxes, "cxcywh", "xyxy") * _sides(images.tensor)
         results = []
         for image, image_size in enumerate(images.image_sizes):
             result = Instances(image_size)
