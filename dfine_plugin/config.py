@@ -24,6 +24,9 @@ class FDRConfig:
         fgl_weight, ddf_weight: weights of the two losses.
         union: GO matching: box losses, FGL and DDF of all layers share the union of all layers' matches.
         ddf: distil the last layer's distributions into the layers before it. ``union=False, ddf=False`` is FDR alone.
+        residual_scale: multiplies what each layer's MLP adds to the logits. A head of scale 1 and larger weights computes
+            the same; but from weights of zero, under Adam, the distributions move that many times faster. 1 is the
+            paper's; schedules too short for the paper's head to leave the initial boxes need more.
         lqe: add a quality estimated from the shape of the distributions to the class logits.
         box_refinement: consent to wrap a host that does not refine its reference points from layer to layer. FDR
             does, so wrapping such a host changes what its decoder layers attend to.
@@ -41,6 +44,7 @@ class FDRConfig:
     ddf_weight: float = 1.5
     union: bool = True
     ddf: bool = True
+    residual_scale: float = 1.0
     lqe: bool = True
     box_refinement: bool = False
 
@@ -49,6 +53,7 @@ class FDRConfig:
         if self.weighting not in ("nonuniform", "uniform"):
             raise ValueError(f"weighting must be 'nonuniform' or 'uniform', got {self.weighting!r}")
         check_number("temperature", self.temperature, above=0)
+        check_number("residual_scale", self.residual_scale, above=0)
         check_number("fgl_weight", self.fgl_weight, least=0)
         check_number("ddf_weight", self.ddf_weight, least=0)
         for name in ("union", "ddf", "lqe", "box_refinement"):

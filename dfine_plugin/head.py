@@ -80,9 +80,9 @@ class Refinement:
 class FDRHead(nn.Module):
     """Fine-grained Distribution Refinement (D-FINE, section 4.1), one residual MLP a decoder layer.
 
-    ``z_l = z_{l-1} + MLP_l(h_l + stopgrad(h_{l-1}))`` with z_0 = 0 and h_0 = 0, and ``box_l`` = the initial box with
-    its edges moved by the expectations of ``softmax(z_l)`` under W (:func:`decode_boxes`). A fresh head predicts zero
-    logits, hence the initial boxes.
+    ``z_l = z_{l-1} + s MLP_l(h_l + stopgrad(h_{l-1}))`` with z_0 = 0, h_0 = 0 and s the ``residual_scale``; ``box_l`` =
+    the initial box with its edges moved by the expectations of ``softmax(z_l)`` under W (:func:`decode_boxes`). A fresh
+    head predicts zero logits, hence the initial boxes.
 
     Args:
         hidden_dim: C, the width of the decoder.
@@ -115,7 +115,8 @@ class FDRHead(nn.Module):
     def forward(self, layer: int, hidden_states: Tensor, state: Refinement) -> Refinement:
         """Refine by decoder layer ``layer`` (from 0), whose output ``(B, Q, C)`` the hidden states are."""
         inputs = hidden_states if state.hidden_states is None else hidden_states + state.hidden_states
-        residual = at_least_float32(self.refine[layer](inputs)).unflatten(-1, (4, len(self.weights)))
+        residual = self.config.residual_scale * at_least_float32(self.refine[layer](inputs))
+        residual = residual.unflatten(-1, (4, len(self.weights)))
         corner_logits = residual if state.corner_logits is None else state.corner_logits + residual
         probabilities = corner_logits.softmax(-1)
         return Refinement(
