@@ -10,6 +10,7 @@ reference with a gradient, whose gradient it cancels; so nothing leaks where a h
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MethodType, SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
@@ -266,6 +267,7 @@ def extended_weights(weights: Mapping[str, float], criterion: GOLSDCriterion, nu
 class DetrexAdapter:
     """Base of the adapters for detrex. A subclass says which classes of the host's take over."""
 
+    decoder = DECODER
     decoder_classes: ClassVar[dict[type[nn.Module], type[RefiningDecoder]]]
     """From each host decoder class to its subclass with :class:`RefiningDecoder`."""
     criterion_classes: ClassVar[dict[type[nn.Module], type[GOLSDCriterion]]]
@@ -348,6 +350,41 @@ class DetrexAdapter:
     def denoising_parameters(self, model: Host) -> list[Tensor]:
         """Parameters that the host leaves without a gradient where a batch holds no truth."""
         return []
+
+
+    def detector(self, model: Host) -> nn.Module:
+        """See :class:`~dfine_plugin.registry.Adapter`."""
+        return DetrexDetector(model)
+
+
+class DetrexDetector(nn.Module):
+    """A model's logits and boxes for images ``(B, 3, H, W)`` in its own scale and order of channels, all of one size.
+
+    The model gets a list in place of detectron2's dicts: its own preprocessing gives way to taking the images out of
+    it, and its selection of detections to putting logits and boxes in.
+    """
+
+    def __init__(self, model: Host) -> None:
+        super().__init__()
+        self.model: Any = common.sharing_copy(model)
+        self.model.preprocess_image = MethodType(_take_images, self.model)
+        self.model.inference = MethodType(_put_predictions, self.model)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        exchange = [images]
+        self.model(exchange)
+        _, logits, boxes = exchange
+        return logits, boxes
+
+
+def _take_images(model: Host, exchange: list[Tensor]) -> SimpleNamespace:
+    # hosts hand the sizes on to their selection of detections
+    return SimpleNamespace(tensor=model.normalizer(exchange[0]), image_sizes=exchange)
+
+
+def _put_predictions(model: Host, logits: Tensor, boxes: Tensor, exchange: list[Tensor]) -> list[Any]:
+    exchange += [logits, boxes]
+    return []
 
 
 class DeployedCriterion(nn.Module):

@@ -42,6 +42,7 @@ class TransformersAdapter:
     change more of the model in :meth:`attach_heads`.
     """
 
+    decoder = "model.decoder"
     decoder_classes: ClassVar[dict[type[nn.Module], type[nn.Module]]]
     """From each host decoder class to its subclass that refines distributions."""
 
@@ -106,6 +107,22 @@ class TransformersAdapter:
         if labels is not None:
             check_targets(labels, model.config.num_labels, labels_key="class_labels", boxes_key="boxes")
         return labels
+
+    def detector(self, model: Host) -> nn.Module:
+        """See :class:`~dfine_plugin.registry.Adapter`."""
+        return TransformersDetector(model)
+
+
+class TransformersDetector(nn.Module):
+    """A model's logits and boxes, as a tuple."""
+
+    def __init__(self, model: Host) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        outputs = self.model(pixel_values)
+        return outputs.logits, outputs.pred_boxes
 
 
 def retire(model: Host, names: Iterable[str], retired: Retired) -> None:

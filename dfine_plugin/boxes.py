@@ -24,7 +24,8 @@ def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
 
 def straight_through_clamp(x: Tensor, minimum: float | None = None, maximum: float | None = None) -> Tensor:
     """Clamp the value, pass the gradient as if nothing had been clamped: what fell out can be pulled back."""
-    return x.clamp(minimum, maximum).detach() + (x - x.detach())
+    held = x.clamp(minimum, maximum)
+    return held.detach() + (x - x.detach()) if held.requires_grad else held
 
 
 def to_corners(boxes: Tensor) -> Tensor:

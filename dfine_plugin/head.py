@@ -102,6 +102,7 @@ class FDRHead(nn.Module):
         super().__init__()
         self.config = config or FDRConfig()
         self.num_layers = num_layers
+        self.residual_scale = self.config.residual_scale
         num_values = self.config.num_bins + 1
         self.refine = nn.ModuleList(DistributionMLP(hidden_dim, 4 * num_values) for _ in range(num_layers))
         self.quality = nn.ModuleList(LocationQuality() for _ in range(num_layers if self.config.lqe else 0))
@@ -115,8 +116,9 @@ class FDRHead(nn.Module):
     def forward(self, layer: int, hidden_states: Tensor, state: Refinement) -> Refinement:
         """Refine by decoder layer ``layer`` (from 0), whose output ``(B, Q, C)`` the hidden states are."""
         inputs = hidden_states if state.hidden_states is None else hidden_states + state.hidden_states
-        residual = self.config.residual_scale * at_least_float32(self.refine[layer](inputs))
-        residual = residual.unflatten(-1, (4, len(self.weights)))
+        residual = at_least_float32(self.refine[layer](inputs)).unflatten(-1, (4, len(self.weights)))
+        if self.residual_scale != 1:
+            residual = self.residual_scale * residual
         corner_logits = residual if state.corner_logits is None else state.corner_logits + residual
         probabilities = corner_logits.softmax(-1)
         return Refinement(
@@ -137,9 +139,15 @@ class FDRHead(nn.Module):
         return mlp(shape.to(next(mlp.parameters()).dtype))
 
     def deploy(self) -> None:
-        """Drop what only training uses: the quality estimates of all layers but the last."""
+        """Drop what only training uses: the quality estimates of all layers but the last, and the residuals' scale,
+        which the weights take over."""
         for layer in range(len(self.quality) - 1):
             self.quality[layer] = nn.Identity()
+        with torch.no_grad():
+            for mlp in self.refine:
+                for parameter in mlp[-1].parameters():
+                    parameter.mul_(self.residual_scale)
+        self.residual_scale = 1.0
 
     def _apply(self, fn, recurse=True):
         # W decides where boxes lie to a fraction of a pixel: it follows the device, never a cast to half precision

@@ -17,6 +17,9 @@ ENTRY_POINT_GROUP = "dfine_plugin.adapters"
 class Adapter(Protocol):
     """How one family of hosts is tied to the FDR head. An adapter holds no state of its own: one serves all models."""
 
+    decoder: str
+    """The dotted name of the host's decoder."""
+
     def check(self, model: nn.Module, config: FDRConfig) -> None:
         """Raise :class:`UnsupportedModelError` if the model cannot be wrapped as it is; change nothing."""
 
@@ -32,6 +35,10 @@ class Adapter(Protocol):
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Look at a forward's arguments before the host does: raise :class:`InvalidTargetError` on ground truths that
         no loss can use, and leave in the scope what the loss will need of them."""
+
+    def detector(self, model: nn.Module) -> nn.Module:
+        """The model, wrapped or not, as a function of tensors for inference: images ``(B, 3, H, W)`` as the host takes
+        them, to class logits ``(B, Q, classes)`` and boxes ``(B, Q, 4)`` cxcywh in image sides."""
 
 
 _BUILT_IN = {

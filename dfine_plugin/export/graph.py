@@ -1,0 +1,140 @@
+"""A model as an ONNX graph."""
+
+import copy
+import logging
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from ..errors import WrapStateError
+from ..registry import find_adapter
+from ..wrapping import binding_of, deploy
+from .postprocess import DetectorWithPostprocess
+from .precision import to_precision
+from .static_sizes import static_sizes
+
+OPSET = 18
+"""The lowest that torch writes; LayerNormalization has been one op since 17."""
+
+
+def export_onnx(
+    model: nn.Module,
+    path: str | Path,
+    image_size: tuple[int, int] = (640, 640),
+    batch_size: int | None = 1,
+    precision: str = "fp32",
+    num_detections: int | None = None,
+    opset: int = OPSET,
+    keep_float32: Iterable[str] = (),
+) -> Path:
+    """Write a model, wrapped or bare, as ONNX. The model itself stays as it is: a copy of it is deployed.
+
+    Inputs and outputs are float32 whatever the precision. Inputs: ``images (B, 3, H, W)`` as the host takes them
+    (transformers: scaled and normalised as in training; detrex: as its data loader gives them), and with
+    ``num_detections`` also ``target_sizes (B, 2)`` int64, height and width that boxes shall be given in. Outputs:
+    ``logits (B, Q, classes)`` and ``boxes (B, Q, 4)`` cxcywh in image sides; with ``num_detections`` instead
+    ``scores``, ``labels`` and ``boxes (B, n, 4)`` xyxy in pixels, best first.
+
+    Args:
+        model: in evaluation mode.
+        path: of the file; beyond 2 GB the weights lie beside it.
+        image_size: H and W.
+        batch_size: B, or None for a batch of any size.
+        precision: ``"fp32"``, ``"fp16"`` or ``"bf16"``; see :func:`~dfine_plugin.export.precision.to_precision`.
+        num_detections: n, to have the selection of detections in the graph.
+        opset: 18 or higher.
+        keep_float32: dotted names of submodules that stay in float32 in a graph of lower precision.
+
+    Returns:
+        ``path``.
+
+    Raises:
+        UnsupportedModelError: no adapter knows the model.
+        WrapStateError: the model is in training mode.
+        ValueError: an opset below 18, or more detections than the model has.
+    """
+    if opset < OPSET:
+        raise ValueError(f"opset must be {OPSET} or higher, got {opset}")
+    path = Path(path)
+    exported = exported_model(model, image_size, batch_size, num_detections, opset)
+    if precision != "fp32":
+        decoder = f"{'detector.' if num_detections else ''}model.{find_adapter(model).decoder}"
+        names = (name_in_graph(name, num_detections is not None) for name in keep_float32)
+        to_precision(exported, precision, decoder, names)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ir.save(exported, path)
+    return path
+
+
+def name_in_graph(name: str, with_postprocess: bool) -> str:
+    """What a submodule of a model is called in its graph."""
+    return f"{'detector.' if with_postprocess else ''}model.{name}"
+
+
+def inference_module(model: nn.Module) -> nn.Module:
+    """The model as a function of tensors (:meth:`Adapter.detector`), deployed where it is wrapped; a copy.
+
+    Raises:
+        WrapStateError: the model is in training mode.
+    """
+    if model.training:
+        raise WrapStateError("export takes a model in evaluation mode; call model.eval() first")
+    adapter = find_adapter(model)
+    twin = copy.deepcopy(model)
+    binding = binding_of(twin)
+    if binding is not None and not binding.deployed:
+        deploy(twin)
+    return adapter.detector(twin).eval().requires_grad_(False)
+
+
+def exported_model(
+    model: nn.Module,
+    image_size: tuple[int, int],
+    batch_size: int | None,
+    num_detections: int | None,
+    opset: int,
+) -> ir.Model:
+    """The float32 graph of :func:`export_onnx`."""
+    detector = inference_module(model)
+    device = next(detector.parameters()).device
+    # a batch of one would be taken for a constant
+    count = batch_size or 2
+    images = torch.zeros(count, 3, *image_size, device=device)
+    inputs: tuple[Tensor, ...] = (images,)
+    names: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits", "boxes"]}
+    if num_detections is not None:
+        with torch.no_grad():
+            logits, _ = detector(images[:1])
+        available = logits.shape[1] * logits.shape[2]
+        if not 0 < num_detections <= available:
+            raise ValueError(f"num_detections must be in [1, {available}], queries times classes; got {num_detections}")
+        detector = DetectorWithPostprocess(detector, num_detections).eval()
+        inputs = (images, torch.tensor([image_size] * count, device=device))
+        names = {"input_names": ["images", "target_sizes"], "output_names": ["scores", "labels", "boxes"]}
+    batch = torch.export.Dim("batch", min=1, max=1024)
+    shapes = None if batch_size else tuple({0: batch} for _ in inputs)
+    with torch.no_grad(), static_sizes(), _quiet():
+        program = torch.export.export(detector, inputs, dynamic_shapes=shapes, strict=False)
+        onnx_program = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False, **names)
+    assert onnx_program is not None
+    return onnx_program.model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's remarks on its own internals."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

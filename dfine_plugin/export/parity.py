@@ -1,0 +1,159 @@
+"""What the way to ONNX changed: the same detections, in pixels, from torch and from onnxruntime."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import onnxruntime
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, nn
+
+from ..boxes import to_corners
+from ..registry import find_adapter
+
+LARGEST_MOVE = 0.5
+"""Pixels that the 99th percentile of box edges may move by."""
+
+
+class Detections(NamedTuple):
+    """An image's detections: scores ``(n,)``, labels ``(n,)``, boxes ``(n, 4)`` xyxy in pixels of the graph's input."""
+
+    scores: np.ndarray
+    labels: np.ndarray
+    boxes: np.ndarray
+
+    def above(self, threshold: float) -> Detections:
+        """Those with a score of the threshold or more."""
+        return Detections(*(values[self.scores >= threshold] for values in self))
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far detections moved, over all images.
+
+    Attributes:
+        num_images: that were compared.
+        num_detections: confident ones of torch's.
+        num_lost: of these, those that the graph does not report with that label.
+        max_move, p99_move, mean_move: of the edges of the others' boxes, in pixels.
+        max_score_change: of the others.
+        culprit: the module whose precision moves boxes the most, where that was looked for.
+    """
+
+    num_images: int
+    num_detections: int
+    num_lost: int
+    max_move: float
+    p99_move: float
+    mean_move: float
+    max_score_change: float
+    culprit: str | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing was lost and boxes are where they were, to :data:`LARGEST_MOVE`."""
+        return self.num_lost == 0 and self.p99_move <= LARGEST_MOVE
+
+    def __str__(self) -> str:
+        return (
+            f"{self.num_detections} confident detections on {self.num_images} images: {self.num_lost} lost; box edges "
+            f"moved by {self.mean_move:.4f} px on average, {self.p99_move:.4f} at the 99th percentile, "
+            f"{self.max_move:.4f} at most; scores by {self.max_score_change:.5f} at most"
+        )
+
+
+def torch_detections(model: nn.Module, images: Iterable[Tensor]) -> list[Detections]:
+    """Each query's best class of a model, wrapped or bare, run in float32 as it is."""
+    detector = find_adapter(model).detector(model)
+    device = next(model.parameters()).device
+    found = []
+    with torch.no_grad():
+        for image in images:
+            logits, boxes = detector(image[None].to(device))
+            found.append(_best_classes(logits[0].cpu(), boxes[0].cpu(), image))
+    return found
+
+
+def onnx_detections(
+    path: str | Path, images: Iterable[Tensor], providers: Sequence[str] = ("CPUExecutionProvider",)
+) -> list[Detections]:
+    """Each query's best class, or what the graph selects, of a graph of :func:`~dfine_plugin.export.export_onnx`."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(path), options, providers=list(providers))
+    selects = len(session.get_inputs()) == 2
+    # a graph of a fixed batch gets copies of one image
+    count = session.get_inputs()[0].shape[0]
+    count = count if isinstance(count, int) else 1
+    found = []
+    for image in images:
+        feed = {"images": np.stack([image.numpy()] * count)}
+        if selects:
+            feed["target_sizes"] = np.array([image.shape[-2:]] * count)
+            found.append(Detections(*(output[0] for output in session.run(["scores", "labels", "boxes"], feed))))
+        else:
+            logits, boxes = session.run(["logits", "boxes"], feed)
+            found.append(_best_classes(torch.from_numpy(logits[0]), torch.from_numpy(boxes[0]), image))
+    return found
+
+
+def _best_classes(logits: Tensor, boxes: Tensor, image: Tensor) -> Detections:
+    scores, labels = logits.float().sigmoid().max(-1)
+    height, width = image.shape[-2:]
+    corners = to_corners(boxes.float()) * torch.tensor([width, height, width, height])
+    return Detections(scores.numpy(), labels.numpy(), corners.numpy())
+
+
+def measure_parity(
+    expected: Sequence[Detections], found: Sequence[Detections], threshold: float = 0.3, culprit: str | None = None
+) -> Parity:
+    """Compare the confident detections of torch with the graph's.
+
+    In each image they are matched by label and box, so that it does not matter which query reports an object. Against
+    detections that fall just below the threshold, the graph's count from half of it.
+
+    Args:
+        expected: torch's, image by image.
+        found: the graph's.
+        threshold: on the score.
+        culprit: see :class:`Parity`.
+
+    Raises:
+        ValueError: no detection reaches the threshold: there is nothing to compare, as with a model that has not been
+            trained, whose queries are all alike.
+    """
+    moves: list[np.ndarray] = []
+    changes: list[np.ndarray] = []
+    total = lost = 0
+    for ours, theirs in zip((e.above(threshold) for e in expected), (f.above(threshold / 2) for f in found), strict=True):
+        total += len(ours.scores)
+        distance = np.abs(ours.boxes[:, None] - theirs.boxes[None]).max(-1)
+        # a pair of different labels is worse than any of the same
+        mismatch = ours.labels[:, None] != theirs.labels[None]
+        apart = 1 + distance.max(initial=0.0)
+        rows, columns = linear_sum_assignment(distance + apart * len(ours.scores) * mismatch)
+        same = ~mismatch[rows, columns]
+        rows, columns = rows[same], columns[same]
+        lost += len(ours.scores) - len(rows)
+        moves.append(np.abs(ours.boxes[rows] - theirs.boxes[columns]).ravel())
+        changes.append(np.abs(ours.scores[rows] - theirs.scores[columns]))
+    if not total:
+        raise ValueError(f"no detection has a score of {threshold} or more: parity needs a trained model and its images")
+    edges, scores = np.concatenate(moves), np.concatenate(changes)
+    if not len(edges):
+        edges = scores = np.array([np.inf])
+    return Parity(
+        num_images=len(expected),
+        num_detections=total,
+        num_lost=lost,
+        max_move=float(edges.max()),
+        p99_move=float(np.percentile(edges, 99)),
+        mean_move=float(edges.mean()),
+        max_score_change=float(scores.max()),
+        culprit=culprit,
+    )
