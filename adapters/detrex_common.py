@@ -351,7 +351,6 @@ class DetrexAdapter:
         """Parameters that the host leaves without a gradient where a batch holds no truth."""
         return []
 
-
     def detector(self, model: Host) -> nn.Module:
         """See :class:`~dfine_plugin.registry.Adapter`."""
         return DetrexDetector(model)

@@ -70,6 +70,9 @@ def main(
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     jobs: Annotated[int | None, typer.Option(help="processes at a time; default: the number of cores")] = None,
     output: Annotated[Path, typer.Option(help="folder for runs, table, figures and plots")] = Path("ablation"),
+    save_models: Annotated[
+        bool, typer.Option("--save-models", help="keep each run's averaged weights as well")
+    ] = False,
 ) -> None:
     """Train the baseline and its wrapped twins, and print what the wrap brings with its 95 % interval."""
     console = Console()
@@ -77,6 +80,10 @@ def main(
         raise typer.BadParameter(f"{host!r} is not one of {', '.join(HOSTS)}", param_hint="--host")
     if HOSTS[host].cuda_only and device == "cpu":
         raise typer.BadParameter(f"{host} trains on a GPU only: its own code calls .cuda()", param_hint="--device")
+    if save_models and host.startswith("detrex/"):
+        raise typer.BadParameter(
+            f"{host} has no save_pretrained: for hosts of transformers", param_hint="--save-models"
+        )
     try:
         rows = parse_variants(variants)
     except ValueError as error:
@@ -104,7 +111,8 @@ def main(
     count = max(seeds, LONG_SEEDS) if long else seeds
     # Seed by seed, so that a comparison that is stopped holds whole pairs.
     runs = [replace(settings, variant=row, seed=seed) for seed in range(count) for row in rows]
-    results, failures = run_all(runs, output / "runs", jobs, console)
+    models = output / "models" if save_models else None
+    results, failures = run_all(runs, output / "runs", jobs, console, models)
     if os.environ.get("RANK", "0") != "0":
         return
     if results:

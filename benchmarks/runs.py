@@ -74,6 +74,24 @@ def save_run(folder: Path, settings: RunSettings, result: Result) -> None:
     write_json(folder / f"{settings.key()}.json", result)
 
 
+def has_model(folder: Path, settings: RunSettings) -> bool:
+    """Whether :func:`save_model` has kept this very run's weights."""
+    return (folder / settings.key()).is_dir()
+
+
+def save_model(folder: Path, settings: RunSettings, model: Any) -> None:
+    """Keep a run's model as the folder that transformers' `save_pretrained` writes, preprocessing included."""
+    from transformers import RTDetrImageProcessor
+
+    path = folder / settings.key()
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    model.save_pretrained(part)
+    # Whatever the host: squares, scaled as detection_data.normalise does.
+    size = {"height": settings.image_size, "width": settings.image_size}
+    RTDetrImageProcessor(size=size, do_normalize=True, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(part)
+    part.replace(path)
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write atomically: a reader, or a stop in between, never meets half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -17,34 +17,37 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from dfine_plugin.benchmarks.runs import Result, RunSettings, load_run, save_run
+from dfine_plugin.benchmarks.runs import Result, RunSettings, has_model, load_run, save_run
 
 Message = tuple[str, int, float | None]  # a run's key, steps done, AP where an evaluation was made
 
 
-def run_all(runs: Sequence[RunSettings], folder: Path, jobs: int, console: Console) -> tuple[list[Result], list[str]]:
+def run_all(
+    runs: Sequence[RunSettings], folder: Path, jobs: int, console: Console, models: Path | None = None
+) -> tuple[list[Result], list[str]]:
     """The results of `runs` in their order, and what failed; runs already in `folder` are read, not repeated.
 
+    With `models`, that folder gets a checkpoint of each run, and a run without one is repeated.
     Under torchrun or accelerate launch the processes are one job: the runs come one after the other in this process.
     """
-    missing = [run for run in runs if load_run(folder, run) is None]
+    missing = [run for run in runs if load_run(folder, run) is None or (models and not has_model(models, run))]
     if len(missing) < len(runs):
         console.print(f"{len(runs) - len(missing)} of {len(runs)} runs are finished already and not run again")
     if not missing:
         errors: dict[str, str] = {}
     elif "WORLD_SIZE" in os.environ:
-        errors = _run_here(missing, folder, console)
+        errors = _run_here(missing, folder, console, models)
     else:
-        errors = _run_in_processes(missing, folder, jobs, console)
+        errors = _run_in_processes(missing, folder, jobs, console, models)
     results = [load_run(folder, run) for run in runs]
     return [result for result in results if result is not None], [f"{key}: {text}" for key, text in errors.items()]
 
 
-def _run_here(runs: Sequence[RunSettings], folder: Path, console: Console) -> dict[str, str]:
+def _run_here(runs: Sequence[RunSettings], folder: Path, console: Console, models: Path | None) -> dict[str, str]:
     from dfine_plugin.benchmarks.training import train_run
 
     for run in runs:
-        result = train_run(run)
+        result = train_run(run, models=models)
         # The other processes have no metrics: the first one evaluates.
         if os.environ.get("RANK", "0") == "0":
             save_run(folder, run, result)
@@ -52,7 +55,9 @@ def _run_here(runs: Sequence[RunSettings], folder: Path, console: Console) -> di
     return {}
 
 
-def _run_in_processes(runs: Sequence[RunSettings], folder: Path, jobs: int, console: Console) -> dict[str, str]:
+def _run_in_processes(
+    runs: Sequence[RunSettings], folder: Path, jobs: int, console: Console, models: Path | None
+) -> dict[str, str]:
     errors: dict[str, str] = {}
     # One thread a process: OpenMP threads that wait for one another beside busy processes can slow a step twentyfold.
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -64,7 +69,7 @@ def _run_in_processes(runs: Sequence[RunSettings], folder: Path, jobs: int, cons
         listener = Thread(target=_show, args=(messages, runs, progress), daemon=True)
         listener.start()
         pool = ProcessPoolExecutor(min(jobs, len(runs)), mp_context=context, initializer=_start_worker)
-        futures: dict[Future[Result], RunSettings] = {pool.submit(_train, run, messages): run for run in runs}
+        futures: dict[Future[Result], RunSettings] = {pool.submit(_train, run, messages, models): run for run in runs}
         try:
             for future in as_completed(futures):
                 try:
@@ -102,7 +107,7 @@ def _end_with_parent() -> None:
     Thread(target=wait, daemon=True).start()
 
 
-def _train(run: RunSettings, messages: Queue[Any]) -> Result:
+def _train(run: RunSettings, messages: Queue[Any], models: Path | None) -> Result:
     from dfine_plugin.benchmarks.training import train_run
 
     def report(step: int, metrics: dict[str, Any] | None) -> None:
@@ -110,7 +115,7 @@ def _train(run: RunSettings, messages: Queue[Any]) -> Result:
         if metrics or step % 5 == 0:
             messages.put((run.key(), step, metrics and metrics["AP"]))
 
-    return train_run(run, report)
+    return train_run(run, report, models)
 
 
 def _progress(console: Console) -> Progress:

@@ -25,7 +25,7 @@ from dfine_plugin.benchmarks.detection_data import DetectionData, TrainingView, 
 from dfine_plugin.benchmarks.ema import make_ema
 from dfine_plugin.benchmarks.evaluation import coco_metrics, detect
 from dfine_plugin.benchmarks.hosts import build_host
-from dfine_plugin.benchmarks.runs import Result, RunSettings, code_digest
+from dfine_plugin.benchmarks.runs import Result, RunSettings, code_digest, save_model
 from dfine_plugin.benchmarks.shapes import make_shapes
 from dfine_plugin.benchmarks.variants import fdr_settings
 
@@ -105,8 +105,11 @@ class Recorder(TrainerCallback):
         self.started = time.perf_counter()
 
 
-def train_run(settings: RunSettings, report: Report | None = None) -> Result:
-    """Train and evaluate; the result holds settings, the AP curve, the loss curve, times and the final metrics."""
+def train_run(settings: RunSettings, report: Report | None = None, models: Path | None = None) -> Result:
+    """Train and evaluate; the result holds settings, the AP curve, the loss curve, times and the final metrics.
+
+    With `models`, the averaged weights, which are the ones that were evaluated, are kept in that folder.
+    """
     train = load_data(settings.data, "train", settings.image_size, settings.train_images)
     val = load_data(settings.data, "val", settings.image_size, settings.val_images)
     model = build_model(settings, train.class_names)
@@ -124,6 +127,8 @@ def train_run(settings: RunSettings, report: Report | None = None) -> Result:
     losses = [entry for entry in trainer.state.log_history if "loss" in entry]
     if not all(math.isfinite(entry["loss"]) for entry in losses):
         raise RuntimeError(f"{settings.key()}: the loss is not finite")
+    if models is not None and trainer.is_world_process_zero():
+        save_model(models, settings, recorder.ema.module)
     return {
         "settings": asdict(settings),
         "fdr": fdr_settings(settings.variant),

@@ -5,6 +5,7 @@ def main() -> None:
     """Run it; where what it needs is not installed, say which extra to install."""
     try:
         from .commands import app
+
+        app()
     except ModuleNotFoundError as error:
         raise SystemExit(f"dfine-plugin: {error}; pip install 'dfine-plugin[export]'") from error
-    app()

@@ -4,12 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from .config import FDRConfig
 from .errors import WrapStateError
-from .record import close_scope, open_scope
+from .record import FDRRecord, close_scope, current_record, open_scope
 from .registry import Adapter, find_adapter
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -114,6 +115,38 @@ def deploy(model: Model) -> Model:
     binding.retired = None
     binding.deployed = True
     return model
+
+
+@torch.no_grad()
+def predict_distributions(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, FDRRecord]:
+    """What a wrapped model predicts, and the distributions that its boxes come from.
+
+    Args:
+        model: in evaluation mode.
+        args, kwargs: what its forward takes for inference.
+
+    Returns:
+        The host's outputs, and the record of that forward: initial boxes, every layer's logits and boxes. Nothing of
+        it stays with the model.
+
+    Raises:
+        WrapStateError: if the model is not wrapped, has been deployed, or is in training mode.
+    """
+    binding = binding_of(model)
+    if binding is None:
+        raise WrapStateError(f"this {type(model).__name__} is not wrapped: its boxes come from no distributions")
+    if binding.deployed:
+        raise WrapStateError("a deployed model keeps no record of its distributions; take it as it was before deploy")
+    if model.training:
+        raise WrapStateError("predict_distributions takes a model in evaluation mode; call model.eval() first")
+    records: list[FDRRecord] = []
+    # before all other hooks of the forward's end, of which the model's own closes the scope
+    hook = model.register_forward_hook(lambda *_: records.append(current_record()), prepend=True)
+    try:
+        outputs = model(*args, **kwargs)
+    finally:
+        hook.remove()
+    return outputs, records[0]
 
 
 def _begin_forward(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

@@ -141,7 +141,9 @@ def _set_target(trt: ModuleType, config: Any, backend: str, target: str | None) 
     if backend == "tensorrt":
         present = _device_capability()
         if target not in (None, present):
-            raise ValueError(f"tensorrt builds for the device at hand ({present}) only, not for {target}; tensorrt-rtx can")
+            raise ValueError(
+                f"tensorrt builds for the device at hand ({present}) only, not for {target}; tensorrt-rtx can"
+            )
         return present
     if target is None:
         target = _device_capability()

@@ -117,13 +117,33 @@ def exported_model(
         detector = DetectorWithPostprocess(detector, num_detections).eval()
         inputs = (images, torch.tensor([image_size] * count, device=device))
         names = {"input_names": ["images", "target_sizes"], "output_names": ["scores", "labels", "boxes"]}
-    batch = torch.export.Dim("batch", min=1, max=1024)
-    shapes = None if batch_size else tuple({0: batch} for _ in inputs)
     with torch.no_grad(), static_sizes(), _quiet():
-        program = torch.export.export(detector, inputs, dynamic_shapes=shapes, strict=False)
+        program = _trace(detector, inputs, dynamic_batch=batch_size is None)
         onnx_program = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False, **names)
     assert onnx_program is not None
+    _register_constants(onnx_program.model.graph)
     return onnx_program.model
+
+
+def _register_constants(graph: ir.Graph) -> None:
+    """Make initializers of the constants that the exporter folded without telling the graph."""
+    for node in graph:
+        for value in node.inputs:
+            if value is not None and value.const_value is not None and value.producer() is None:
+                assert value.name is not None
+                if value.name not in graph.initializers and not value.is_graph_input():
+                    graph.register_initializer(value)
+
+
+def _trace(detector: nn.Module, inputs: tuple[Tensor, ...], dynamic_batch: bool) -> torch.export.ExportedProgram:
+    if not dynamic_batch:
+        return torch.export.export(detector, inputs, strict=False)
+    shapes = tuple({0: torch.export.Dim("batch")} for _ in inputs)
+    try:
+        return torch.export.export(detector, inputs, dynamic_shapes=shapes, strict=False)
+    except torch._dynamo.exc.UserError:
+        # RT-DETR: a cache of the host's takes the batch for a constant there, which tracing by bytecode does not
+        return torch.export.export(detector, inputs, dynamic_shapes=shapes, strict=True)
 
 
 @contextmanager

@@ -130,7 +130,9 @@ def measure_parity(
     moves: list[np.ndarray] = []
     changes: list[np.ndarray] = []
     total = lost = 0
-    for ours, theirs in zip((e.above(threshold) for e in expected), (f.above(threshold / 2) for f in found), strict=True):
+    for ours, theirs in zip(
+        (e.above(threshold) for e in expected), (f.above(threshold / 2) for f in found), strict=True
+    ):
         total += len(ours.scores)
         distance = np.abs(ours.boxes[:, None] - theirs.boxes[None]).max(-1)
         # a pair of different labels is worse than any of the same
@@ -143,7 +145,9 @@ def measure_parity(
         moves.append(np.abs(ours.boxes[rows] - theirs.boxes[columns]).ravel())
         changes.append(np.abs(ours.scores[rows] - theirs.scores[columns]))
     if not total:
-        raise ValueError(f"no detection has a score of {threshold} or more: parity needs a trained model and its images")
+        raise ValueError(
+            f"no detection has a score of {threshold} or more: parity needs a trained model and its images"
+        )
     edges, scores = np.concatenate(moves), np.concatenate(changes)
     if not len(edges):
         edges = scores = np.array([np.inf])

@@ -85,7 +85,11 @@ class _Typing:
                 self.graph.outputs[i].name = name
 
     def _as_float32(self, value: ir.Value) -> ir.Value:
-        return self._cast(self._cast(value, self.low), ir.DataType.FLOAT) if self.simulate else self._cast(value, ir.DataType.FLOAT)
+        return (
+            self._cast(self._cast(value, self.low), ir.DataType.FLOAT)
+            if self.simulate
+            else self._cast(value, ir.DataType.FLOAT)
+        )
 
     def _round(self, node: ir.Node, precision: ir.DataType) -> None:
         for i, value in enumerate(node.inputs):
@@ -146,7 +150,9 @@ class _Typing:
         # what a mask hides with float32's lowest number stays finite
         array = np.clip(value.const_value.numpy(), -largest, largest).astype(to.numpy())
         name = f"{value.name}_{to.name.lower()}"
-        converted = ir.Value(name=name, shape=value.shape, type=ir.TensorType(to), const_value=ir.tensor(array, name=name))
+        converted = ir.Value(
+            name=name, shape=value.shape, type=ir.TensorType(to), const_value=ir.tensor(array, name=name)
+        )
         self.graph.register_initializer(converted)
         return converted
 

@@ -12,14 +12,18 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import AutoImageProcessor
 from typer import Typer
 from typer.testing import CliRunner
 
+from dfine_plugin.adapters.transformers_common import load_pretrained
 from dfine_plugin.benchmarks.ablation import main
+from dfine_plugin.benchmarks.detection_data import normalise
 from dfine_plugin.benchmarks.ema import make_ema
+from dfine_plugin.benchmarks.evaluation import coco_metrics, detect
 from dfine_plugin.benchmarks.hosts import HOSTS, build_host
-from dfine_plugin.benchmarks.runs import RunSettings, load_run, save_run
-from dfine_plugin.benchmarks.training import build_model
+from dfine_plugin.benchmarks.runs import RunSettings, has_model, load_run, save_model, save_run
+from dfine_plugin.benchmarks.training import build_model, load_data
 from dfine_plugin.benchmarks.variants import fdr_settings, parse_variants
 
 APP = Typer()
@@ -49,7 +53,39 @@ def test_the_command_trains_writes_and_resumes(tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()} == times
 
 
-@pytest.mark.parametrize("arguments", [["--host=yolo"], ["--variants=baseline fdrr"]])
+@pytest.mark.slow
+def test_saved_models_are_the_ones_that_were_evaluated(tmp_path: Path) -> None:
+    arguments = [*SMALL, "--variants=fdr", "--jobs=1", f"--output={tmp_path}", "--save-models"]
+    settings = replace(SETTINGS, variant="fdr", train_images=16, val_images=6)
+    # A run that has finished without keeping its weights is trained once more, and then no more.
+    save_run(tmp_path / "runs", settings, {})
+    for finished in (False, True):
+        result = CliRunner().invoke(APP, arguments)
+        assert ("finished already" in result.output) is finished, result.output
+    (folder,) = (tmp_path / "models").iterdir()
+    assert folder.name == settings.key()
+    val = load_data("shapes", "val", 64, 6)
+    metrics = coco_metrics(detect(load_pretrained(folder), val, 50, torch.device("cpu")), val)
+    run = load_run(tmp_path / "runs", settings)
+    assert run is not None
+    assert run["final"].items() >= metrics.items()
+
+
+def test_a_saved_model_comes_with_the_preprocessing_that_it_was_trained_with(tmp_path: Path) -> None:
+    settings = replace(SETTINGS, host="deformable-detr", variant="fdr+go-lsd")
+    assert not has_model(tmp_path, settings)
+    save_model(tmp_path, settings, build_model(settings, ["shape"]))
+    assert has_model(tmp_path, settings)
+    (folder,) = tmp_path.iterdir()
+    image = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)
+    pixels = AutoImageProcessor.from_pretrained(folder)(images=image, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(pixels, normalise(image[None]))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--host=yolo"], ["--variants=baseline fdrr"], ["--host=detrex/dino", "--device=cuda", "--save-models"]],
+)
 def test_a_wrong_name_is_refused_before_any_training(arguments: list[str], tmp_path: Path) -> None:
     result = CliRunner().invoke(APP, [*SMALL, *arguments, f"--output={tmp_path}"])
     assert result.exit_code == 2
