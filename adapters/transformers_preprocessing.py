@@ -13,6 +13,11 @@ IMAGE_SIZE = 640
 """Pixels, where neither the caller nor the checkpoint says."""
 
 
+def input_side(folder: str | Path, image_size: int | None = None) -> int:
+    """The side in pixels of what :func:`preprocess` makes of a square image."""
+    return preprocess(Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE)), folder, image_size).shape[-1]
+
+
 def preprocess(image: Image.Image, folder: str | Path, image_size: int | None = None) -> Tensor:
     """One image as the pixel values that the model in a folder takes.
 

@@ -12,7 +12,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 
-from dfine_plugin.benchmarks.detection_data import DetectionData, normalise
+from dfine_plugin.benchmarks.detection_data import COCO_SIDES, DetectionData, normalise
 
 MAX_DETECTIONS = 100
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
@@ -49,19 +49,21 @@ def detect(model: nn.Module, data: DetectionData, batch_size: int, device: torch
     return torch.cat(rows).numpy()
 
 
-def coco_metrics(detections: np.ndarray, data: DetectionData) -> dict[str, Any]:
+def coco_metrics(
+    detections: np.ndarray, coco: dict[str, Any], sides: tuple[float, float] = COCO_SIDES
+) -> dict[str, Any]:
     """AP, AP50, AP75, AP90, APs, APm, APl in percent (None where the data has no such object) and AP per threshold.
 
-    detections as of `detect`. Where the data names other sides for small and large objects than COCO's 32 and 96
-    pixels, these part APs, APm and APl.
+    detections as of `detect`, coco the ground truth as a COCO annotation dict. The sides, in pixels, part APs, APm and
+    APl.
     """
     # pycocotools prints what it does; a benchmark of hundreds of evaluations cannot have that.
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO()
-        truth.dataset = {"info": {}, **data.coco}
+        truth.dataset = {"info": {}, **coco}
         truth.createIndex()
         evaluation = COCOeval(truth, truth.loadRes(detections), "bbox")
-        small, large = (side**2 for side in data.sides)
+        small, large = (side**2 for side in sides)
         evaluation.params.areaRng = [[0, 1e10], [0, small], [small, large], [large, 1e10]]
         evaluation.params.maxDets = [MAX_DETECTIONS]
         evaluation.params.iouThrs = IOU_THRESHOLDS

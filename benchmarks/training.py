@@ -98,7 +98,7 @@ class Recorder(TrainerCallback):
         metrics = None
         if state.global_step in self.due and state.is_world_process_zero:
             detections = detect(self.ema.module, self.data, 50, args.device)
-            metrics = coco_metrics(detections, self.data)
+            metrics = coco_metrics(detections, self.data.coco, self.data.sides)
             self.curve.append({"step": state.global_step, "seconds": sum(self.step_seconds), **metrics})
         if self.report and state.is_world_process_zero:
             self.report(state.global_step, metrics)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -23,6 +23,113 @@ class Layers(str, Enum):
     all = "all"
 
 
+class Precision(str, Enum):
+    """What a graph computes in."""
+
+    fp32 = "fp32"
+    fp16 = "fp16"
+    bf16 = "bf16"
+
+
+class Backend(str, Enum):
+    """What builds engines."""
+
+    tensorrt_rtx = "tensorrt-rtx"
+    tensorrt = "tensorrt"
+
+
+@app.command()
+def export(
+    model: Annotated[
+        Path, typer.Option(help="folder that save_pretrained of a transformers model, wrapped or not, wrote")
+    ],
+    output: Annotated[Path, typer.Option(help="the graph to write")] = Path("model.onnx"),
+    image_size: Annotated[
+        int | None, typer.Option(min=32, help="side of the model's input; default: the checkpoint's own, or 640")
+    ] = None,
+    precision: Annotated[Precision, typer.Option(help="what the graph computes in")] = Precision.fp32,
+    batch_size: Annotated[int, typer.Option(min=1, help="images at a time")] = 1,
+    dynamic_batch: Annotated[bool, typer.Option("--dynamic-batch", help="any number of images at a time")] = False,
+    detections: Annotated[
+        int | None, typer.Option(min=1, help="put the selection of so many detections into the graph")
+    ] = None,
+    images: Annotated[
+        Path | None, typer.Option(exists=True, help="a folder of images to compare torch's and the graph's boxes on")
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(exists=True, file_okay=False, help="COCO-format folder: compare on its val split, AP too"),
+    ] = None,
+    threshold: Annotated[float, typer.Option(min=0, max=1, help="least score of detections to compare")] = 0.3,
+) -> None:
+    """Write a model as ONNX, and compare its detections with torch's on images; exits with 3 where they differ."""
+    from tempfile import TemporaryDirectory
+
+    from .adapters.transformers_preprocessing import input_side
+    from .export import export_onnx, find_culprit, measure_parity
+    from .export.coco import CocoSplit
+    from .export.parity import LARGEST_MOVE, onnx_detections, torch_detections
+
+    detector = _load(model, wrapped=False)
+    side = input_side(model, image_size)
+    size = side, side
+    split = CocoSplit.read(data) if data else None
+    paths = split.image_paths() if split else _image_files(images) if images else []
+    batch = None if dynamic_batch else batch_size
+    export_onnx(detector, output, size, batch, precision.value, detections)
+    typer.echo(f"{output}: {precision.value}, {'any number of' if batch is None else batch} images of {side} x {side}")
+    if not paths:
+        typer.echo("not compared with torch: give --images or --data")
+        return
+
+    pixels = [_pixels(path, model, side) for path in paths]
+    expected = torch_detections(detector, pixels)
+    with TemporaryDirectory() as folder:
+        compared = output
+        if precision is Precision.bf16:
+            compared = export_onnx(detector, Path(folder) / "rounded.onnx", size, 1, "bf16", detections, simulate=True)
+            typer.echo(
+                "onnxruntime has no bf16 on a CPU: compared by a float32 graph that rounds to bf16 after each op"
+            )
+        found = onnx_detections(compared, pixels)
+    parity = measure_parity(expected, found, threshold)
+    typer.echo(str(parity))
+    if split:
+        ours, theirs = (split.average_precision(part, size) for part in (expected, found))
+        typer.echo(f"AP {ours:.3f} in torch, {theirs:.3f} of the graph: {theirs - ours:+.3f}")
+    if not parity.passed:
+        typer.echo(f"boxes moved by more than {LARGEST_MOVE} px at the 99th percentile, or were lost", err=True)
+        if precision is not Precision.fp32:
+            name, move = find_culprit(detector, precision.value, pixels[:8], expected[:8], threshold)
+            typer.echo(f"it is {name} that costs the most: in float32 alone, {move:.4f} px would be left", err=True)
+        raise typer.Exit(3)
+
+
+@app.command()
+def build_engine(
+    onnx: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="a graph that export wrote")],
+    target: Annotated[
+        str | None, typer.Option(help="compute capability, such as sm75 (T4); default: the device at hand")
+    ] = None,
+    precision: Annotated[Precision, typer.Option(help="the graph's, which is checked")] = Precision.fp16,
+    backend: Annotated[Backend | None, typer.Option(help="default: tensorrt-rtx where it is installed")] = None,
+    output: Annotated[Path | None, typer.Option(help="the engine; default: beside the graph")] = None,
+) -> None:
+    """Build a TensorRT engine."""
+    from .export.engine import build_engine
+
+    path = output or onnx.with_suffix(f".{target or 'local'}.engine")
+    try:
+        built = build_engine(onnx, path, target, precision.value, backend.value if backend else None)
+    except (ValueError, RuntimeError, ImportError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+    typer.echo(
+        f"{path}: {built.backend} {built.version}, {built.target}, {built.precision}, "
+        f"{built.num_bytes / 2**20:.1f} MiB, {built.num_layers} layers, built in {built.seconds:.1f} s"
+    )
+
+
 @app.command()
 def show(
     model: Annotated[Path, typer.Option(help="folder that save_pretrained of a wrapped transformers model wrote")],
@@ -37,30 +144,15 @@ def show(
 ) -> None:
     """Draw detections with the distribution of each edge, before and after W, and its standard deviation."""
     import numpy as np
-    import torch
-    import transformers
-    from PIL import Image
 
-    from .adapters.transformers_common import load_pretrained
     from .adapters.transformers_preprocessing import preprocess
     from .show import draw_detections, read_detections
     from .wrapping import predict_distributions
 
-    if not (model / "config.json").is_file():
-        raise typer.BadParameter(f"{model} holds no model: there is no config.json in it", param_hint="--model")
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        wrapped = load_pretrained(model, dtype=torch.float32)
-    except (ValueError, OSError) as error:
-        raise typer.BadParameter(str(error), param_hint="--model") from error
-    try:
-        with Image.open(image) as file:
-            picture = file.convert("RGB")
-    except OSError as error:
-        raise typer.BadParameter(str(error), param_hint="--image") from error
-
-    outputs, record = predict_distributions(wrapped, preprocess(picture, model, image_size))
-    found = read_detections(outputs.logits, record, wrapped.config.id2label, picture.size)
+    detector = _load(model, wrapped=True)
+    picture = _picture(image)
+    outputs, record = predict_distributions(detector, preprocess(picture, model, image_size))
+    found = read_detections(outputs.logits, record, detector.config.id2label, picture.size)
     detections = [detection for detection in found if detection.score >= threshold]
     if not detections:
         typer.echo(f"no detection reaches a score of {threshold}; the best has {found[0].score:.3f}", err=True)
@@ -69,3 +161,46 @@ def show(
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, dpi=100)
     typer.echo(f"{len(detections)} of score {threshold} or above, {min(top, len(detections))} in detail: {output}")
+
+
+def _load(folder: Path, wrapped: bool) -> Any:
+    """The model in a folder, in float32; a bare one, too, unless it has to be wrapped."""
+    import torch
+    import transformers
+
+    from .adapters.transformers_common import load_detector, load_pretrained
+
+    if not (folder / "config.json").is_file():
+        raise typer.BadParameter(f"{folder} holds no model: there is no config.json in it", param_hint="--model")
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        return (load_pretrained if wrapped else load_detector)(folder, dtype=torch.float32)
+    except (ValueError, OSError) as error:
+        raise typer.BadParameter(str(error), param_hint="--model") from error
+
+
+def _picture(path: Path) -> Any:
+    from PIL import Image
+
+    try:
+        with Image.open(path) as file:
+            return file.convert("RGB")
+    except OSError as error:
+        raise typer.BadParameter(str(error), param_hint="--image") from error
+
+
+def _pixels(path: Path, model: Path, side: int) -> Any:
+    from .adapters.transformers_preprocessing import preprocess
+
+    return preprocess(_picture(path), model, side)[0]
+
+
+def _image_files(folder: Path) -> list[Path]:
+    """All images in a folder, in the order of their names."""
+    from PIL import Image
+
+    known = Image.registered_extensions()
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in known)
+    if not files:
+        raise typer.BadParameter(f"{folder} holds no image", param_hint="--images")
+    return files

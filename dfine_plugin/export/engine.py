@@ -100,9 +100,9 @@ def check_precision(onnx_path: str | Path, precision: str) -> None:
     other = [node for node in products if node.outputs[0].dtype != wanted]
     if other:
         raise ValueError(
-            f"{len(other)} of {len(products)} matrix products and convolutions of {onnx_path} are not {precision} (one is "
-            f"{other[0].name}, {other[0].outputs[0].dtype}). An engine has the precision of its graph: export it with "
-            f"precision {precision}"
+            f"{len(other)} of {len(products)} matrix products and convolutions of {onnx_path} are not {precision} "
+            f"(one is {other[0].name}, {other[0].outputs[0].dtype}). An engine has the precision of its graph: export it "
+            f"with precision {precision}"
         )
 
 

@@ -32,6 +32,7 @@ def export_onnx(
     num_detections: int | None = None,
     opset: int = OPSET,
     keep_float32: Iterable[str] = (),
+    simulate: bool = False,
 ) -> Path:
     """Write a model, wrapped or bare, as ONNX. The model itself stays as it is: a copy of it is deployed.
 
@@ -50,6 +51,8 @@ def export_onnx(
         num_detections: n, to have the selection of detections in the graph.
         opset: 18 or higher.
         keep_float32: dotted names of submodules that stay in float32 in a graph of lower precision.
+        simulate: compute in float32 and round as the precision would, for a runtime that lacks its ops, such as
+            onnxruntime on a CPU for bf16.
 
     Returns:
         ``path``.
@@ -64,17 +67,13 @@ def export_onnx(
     path = Path(path)
     exported = exported_model(model, image_size, batch_size, num_detections, opset)
     if precision != "fp32":
-        decoder = f"{'detector.' if num_detections else ''}model.{find_adapter(model).decoder}"
-        names = (name_in_graph(name, num_detections is not None) for name in keep_float32)
-        to_precision(exported, precision, decoder, names)
+        # what a submodule is called in the graph
+        within = "model." if num_detections is None else "detector.model."
+        decoder = within + find_adapter(model).decoder
+        to_precision(exported, precision, decoder, [within + name for name in keep_float32], simulate)
     path.parent.mkdir(parents=True, exist_ok=True)
     ir.save(exported, path)
     return path
-
-
-def name_in_graph(name: str, with_postprocess: bool) -> str:
-    """What a submodule of a model is called in its graph."""
-    return f"{'detector.' if with_postprocess else ''}model.{name}"
 
 
 def inference_module(model: nn.Module) -> nn.Module:

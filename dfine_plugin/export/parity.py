@@ -13,8 +13,11 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from ..boxes import to_corners
 from ..registry import find_adapter
+from .postprocess import select_detections
+
+NUM_DETECTIONS = 100
+"""As many of an image's detections are compared, and evaluated by COCO's rules."""
 
 LARGEST_MOVE = 0.5
 """Pixels that the 99th percentile of box edges may move by."""
@@ -68,45 +71,44 @@ class Parity:
 
 
 def torch_detections(model: nn.Module, images: Iterable[Tensor]) -> list[Detections]:
-    """Each query's best class of a model, wrapped or bare, run in float32 as it is."""
+    """What a model, wrapped or bare, detects on images ``(3, H, W)``, run as it is, deployed or not."""
     detector = find_adapter(model).detector(model)
     device = next(model.parameters()).device
     found = []
     with torch.no_grad():
         for image in images:
             logits, boxes = detector(image[None].to(device))
-            found.append(_best_classes(logits[0].cpu(), boxes[0].cpu(), image))
+            found.append(_select(logits.cpu().float(), boxes.cpu().float(), image))
     return found
 
 
 def onnx_detections(
     path: str | Path, images: Iterable[Tensor], providers: Sequence[str] = ("CPUExecutionProvider",)
 ) -> list[Detections]:
-    """Each query's best class, or what the graph selects, of a graph of :func:`~dfine_plugin.export.export_onnx`."""
+    """What a graph of :func:`~dfine_plugin.export.export_onnx` detects on images ``(3, H, W)``."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(str(path), options, providers=list(providers))
-    selects = len(session.get_inputs()) == 2
     # a graph of a fixed batch gets copies of one image
-    count = session.get_inputs()[0].shape[0]
-    count = count if isinstance(count, int) else 1
+    batch = session.get_inputs()[0].shape[0]
+    count = batch if isinstance(batch, int) else 1
     found = []
     for image in images:
         feed = {"images": np.stack([image.numpy()] * count)}
-        if selects:
+        if len(session.get_inputs()) == 2:
             feed["target_sizes"] = np.array([image.shape[-2:]] * count)
-            found.append(Detections(*(output[0] for output in session.run(["scores", "labels", "boxes"], feed))))
+            scores, labels, boxes = session.run(["scores", "labels", "boxes"], feed)
+            found.append(Detections(scores[0], labels[0], boxes[0]))
         else:
             logits, boxes = session.run(["logits", "boxes"], feed)
-            found.append(_best_classes(torch.from_numpy(logits[0]), torch.from_numpy(boxes[0]), image))
+            found.append(_select(torch.from_numpy(logits), torch.from_numpy(boxes), image))
     return found
 
 
-def _best_classes(logits: Tensor, boxes: Tensor, image: Tensor) -> Detections:
-    scores, labels = logits.float().sigmoid().max(-1)
-    height, width = image.shape[-2:]
-    corners = to_corners(boxes.float()) * torch.tensor([width, height, width, height])
-    return Detections(scores.numpy(), labels.numpy(), corners.numpy())
+def _select(logits: Tensor, boxes: Tensor, image: Tensor) -> Detections:
+    count = min(NUM_DETECTIONS, logits[0].numel())
+    selected = select_detections(logits[:1], boxes[:1], torch.tensor([image.shape[-2:]]), count)
+    return Detections(*(values[0].numpy() for values in selected))
 
 
 def measure_parity(

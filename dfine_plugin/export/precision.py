@@ -104,10 +104,10 @@ class _Typing:
         module = module_of(node)
         if any(module == name or module.startswith(f"{name}.") for name in self.keep):
             return ir.DataType.FLOAT
-        if not self.from_images.intersection(node.outputs):
-            return ir.DataType.FLOAT
         if node.op_type in _ALWAYS_LOW:
             return self.low
+        if not self.from_images.intersection(node.outputs):
+            return ir.DataType.FLOAT
         if node.op_type in _MOVES:
             moved = {value.dtype for value in filter(None, node.inputs) if value in self.from_images}
             return ir.DataType.FLOAT if ir.DataType.FLOAT in moved else self.low
@@ -120,9 +120,8 @@ class _Typing:
             wanted = ir.DataType.FLOAT if i in _FLOAT32_INPUTS.get(node.op_type, ()) else precision
             if value.dtype != wanted:
                 node.replace_input_with(i, self._cast(value, wanted))
-        if node.op_type == "Cast":
-            if node.attributes["to"].as_int() == ir.DataType.FLOAT:
-                node.attributes["to"] = ir.AttrInt64("to", precision)
+        if node.op_type == "Cast" and node.attributes["to"].as_int() == ir.DataType.FLOAT:
+            node.attributes["to"] = ir.AttrInt64("to", precision)
         for output in node.outputs:
             if output.dtype == ir.DataType.FLOAT:
                 output.dtype = precision

@@ -12,7 +12,7 @@ LARGEST = 64
 
 @contextmanager
 def static_sizes() -> Iterator[None]:
-    """Within it, ``torch.export`` and the first call of a ``torch.compile``d model treat small constant tensors as known.
+    """Within it, ``torch.export`` and the first call of a ``torch.compile``d model know the values of small constants.
 
     detrex's deformable transformers put the sizes of their feature maps into a tensor and read them out again to slice
     by. For images of a fixed size these are constants; torch follows constants of one element only, and takes the

@@ -65,7 +65,7 @@ def test_saved_models_are_the_ones_that_were_evaluated(tmp_path: Path) -> None:
     (folder,) = (tmp_path / "models").iterdir()
     assert folder.name == settings.key()
     val = load_data("shapes", "val", 64, 6)
-    metrics = coco_metrics(detect(load_pretrained(folder), val, 50, torch.device("cpu")), val)
+    metrics = coco_metrics(detect(load_pretrained(folder), val, 50, torch.device("cpu")), val.coco, val.sides)
     run = load_run(tmp_path / "runs", settings)
     assert run is not None
     assert run["final"].items() >= metrics.items()

@@ -6,7 +6,7 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from dfine_plugin.benchmarks.detection_data import COCO_SIDES, DetectionData
+from dfine_plugin.benchmarks.detection_data import DetectionData
 from dfine_plugin.benchmarks.evaluation import coco_metrics, detect, top_detections
 from dfine_plugin.benchmarks.shapes import make_shapes
 
@@ -36,7 +36,7 @@ def data() -> DetectionData:
 
 
 def test_a_perfect_detector_has_full_marks(data: DetectionData) -> None:
-    metrics = coco_metrics(detect(Oracle(data), data, 5, torch.device("cpu")), data)
+    metrics = coco_metrics(detect(Oracle(data), data, 5, torch.device("cpu")), data.coco, data.sides)
     assert metrics["AP"] == pytest.approx(100)
     assert metrics["by_threshold"] == pytest.approx([100] * 10)
 
@@ -48,7 +48,7 @@ def test_agrees_with_the_summary_of_pycocotools(data: DetectionData) -> None:
         for a in data.coco["annotations"] * 2
     ]
     detections = np.array(rows)
-    metrics = coco_metrics(detections, DetectionData(**{**vars(data), "sides": COCO_SIDES}))
+    metrics = coco_metrics(detections, data.coco)
     truth = COCO()
     truth.dataset = {"info": {}, **data.coco}
     truth.createIndex()
