@@ -24,9 +24,9 @@ class FDRConfig:
         fgl_weight, ddf_weight: weights of the two losses.
         union: GO matching: box losses, FGL and DDF of all layers share the union of all layers' matches.
         ddf: distil the last layer's distributions into the layers before it. ``union=False, ddf=False`` is FDR alone.
-        residual_scale: multiplies what each layer's MLP adds to the logits. A head of scale 1 and larger weights computes
-            the same; but from weights of zero, under Adam, the distributions move that many times faster. 1 is the
-            paper's; schedules too short for the paper's head to leave the initial boxes need more.
+        residual_scale: multiplies what each layer's MLP adds to the logits. A head of scale 1 and larger weights
+            computes the same; but from weights of zero, under Adam, the distributions move that many times faster. 1 is
+            the paper's; schedules too short for the paper's head to leave the initial boxes need more.
         lqe: add a quality estimated from the shape of the distributions to the class logits.
         box_refinement: consent to wrap a host that does not refine its reference points from layer to layer. FDR
             does, so wrapping such a host changes what its decoder layers attend to.
