@@ -54,6 +54,14 @@ class DetrexHost(Host):
     def without_auxiliary_losses(self, model: nn.Module) -> None:
         model.aux_loss = False
 
+    def to_gpu(self, model: nn.Module) -> None:
+        # the hosts move what they make to a device of their own, and normalise by tensors that do not follow them
+        mean, std = (
+            torch.tensor(x, device="cuda").view(3, 1, 1) for x in ((123.675, 116.28, 103.53), (58.4, 57.1, 57.4))
+        )
+        model.device, model.normalizer = "cuda", lambda x: (x - mean) / std
+        model.cuda()
+
 
 def _build(path: str, **changes: Any) -> nn.Module:
     from detectron2.config import instantiate
