@@ -1,10 +1,14 @@
 """The rows of detrex: its own configs at debug size. Nothing here imports detrex before a row is built."""
 
+from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from dfine_plugin.benchmarks import detrex_hosts
+from dfine_plugin.benchmarks.detrex_hosts import without_cuda_calls
 
 from .hosts import NUM_CLASSES, NUM_LAYERS, Host
 
@@ -91,5 +95,10 @@ HOSTS = [
     _row("dn-detr", "dn_detr/configs/dn_detr_r50_50ep.py"),
 ]
 
-CUDA_ONLY = {"detrex-dino", "detrex-dn-detr"}
+CUDA_ONLY = {f"detrex-{name}" for name in detrex_hosts.CUDA_ONLY}
 """Hosts whose training calls ``.cuda()``, whatever the device."""
+
+
+def on_a_cpu(host: Host) -> AbstractContextManager[None]:
+    """Where a host can be trained on a CPU."""
+    return without_cuda_calls() if host.name in CUDA_ONLY else nullcontext()
