@@ -15,7 +15,7 @@ from transformers.models.rt_detr import modeling_rt_detr
 from transformers.models.rt_detr_v2 import modeling_rt_detr_v2
 
 from dfine_plugin.assignment import MatchingCost
-from dfine_plugin.boxes import aligned_iou
+from dfine_plugin.boxes import aligned_iou, at_least_float32
 from dfine_plugin.config import FDRConfig
 from dfine_plugin.criterion import distribution_losses, flatten_pairs, mean_over_processes
 from dfine_plugin.head import FDRHead, locate_initial_boxes
@@ -115,15 +115,19 @@ class UnionRTDetrLoss(common.UnionCriterion, RTDetrLoss):
         return MatchingCost(matcher.class_cost, matcher.bbox_cost, matcher.giou_cost, matcher.alpha, matcher.gamma)
 
     def loss_labels_vfl(self, outputs, targets, indices, num_boxes, log=True):
-        """The host's varifocal loss, with the IoU of aligned pairs instead of the diagonal of all against all."""
+        """The host's varifocal loss, with the IoU of aligned pairs instead of the diagonal of all against all.
+
+        Cross entropy with a score s is ``softplus(logit) - s logit``, and s is zero but for the pairs: no scores of all
+        queries and classes are made, and kept for the backward pass.
+        """
         logits, boxes = outputs["logits"], outputs["pred_boxes"]
         flat = flatten_pairs(indices, [target["boxes"] for target in targets], logits.device)
         classes = torch.cat([target["class_labels"] for target in targets])[flat.truths]
-        iou = aligned_iou(boxes[flat.images, flat.queries].detach(), flat.boxes).to(logits.dtype)
+        iou = aligned_iou(boxes[flat.images, flat.queries].detach(), flat.boxes)
         positive = flat.images, flat.queries, classes
-        score = torch.zeros_like(logits).index_put_(positive, iou)
-        weight = (self.alpha * logits.detach().sigmoid().pow(self.gamma)).to(logits.dtype).index_put_(positive, iou)
-        loss = F.binary_cross_entropy_with_logits(logits, score, weight=weight, reduction="sum")
+        weight = self.alpha * at_least_float32(logits.detach()).sigmoid().pow(self.gamma)
+        weight.index_put_(positive, iou.to(weight.dtype))
+        loss = (weight * F.softplus(at_least_float32(logits))).sum() - (iou.square() * logits[positive]).sum()
         return {"loss_vfl": loss / num_boxes}
 
 
