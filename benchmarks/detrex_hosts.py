@@ -36,12 +36,13 @@ def without_cuda_calls() -> Iterator[None]:
     What they then compute is what a model on a GPU would; the copies that they ask for are not made. It holds for the
     whole process, and for whoever calls.
     """
-    cuda, to = Tensor.cuda, Tensor.to
+    cuda: Any = Tensor.cuda
+    to: Any = Tensor.to
 
     def to_elsewhere(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return to(tensor, *("cpu" if isinstance(arg, str) and arg == "cuda" else arg for arg in args), **kwargs)
 
-    Tensor.cuda, Tensor.to = (lambda tensor, *_, **__: tensor), to_elsewhere  # type: ignore[method-assign, assignment]
+    Tensor.cuda, Tensor.to = (lambda tensor, *_, **__: tensor), to_elsewhere  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:
