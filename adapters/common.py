@@ -1,20 +1,25 @@
 """What the adapters share, whatever the library: swapped modules, seeding, and the criterion that takes the union."""
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from itertools import groupby
 from typing import Any
 
 from torch import Tensor, nn
 
-from dfine_plugin.assignment import MatchingCost, match_sets
+from dfine_plugin.assignment import MatchingCost, SetToMatch, match_sets
 from dfine_plugin.config import FDRConfig
-from dfine_plugin.criterion import FlatPairs, box_losses, distribution_losses, flatten_pairs, mean_over_processes
+from dfine_plugin.criterion import (
+    FlatPairs,
+    box_losses,
+    copy_pairs,
+    distribution_losses,
+    flatten_pairs,
+    mean_over_processes,
+)
 from dfine_plugin.matching import GOLSDMatcher, Pairs, union_matching
 from dfine_plugin.record import FDRRecord, current_scope
-from dfine_plugin.validation import check_finite
+from dfine_plugin.validation import FiniteCheck, check_finite
 
 Host = Any
 """A host model whose parts are found by their names, which differ from host to host: beyond a type checker."""
@@ -106,10 +111,27 @@ def seed_from_baseline(
     state_dict.update({key: value for key, value in own.items() if key.startswith(marker)})
 
 
-def check_sets(layers: list[dict[str, Tensor]], others: Mapping[str, dict[str, Tensor]]) -> None:
-    """:func:`check_finite` of the decoder layers' and other prediction sets, under names that tell them."""
-    sets = {**{f"decoder layer {i}": outputs for i, outputs in enumerate(layers, start=1)}, **others}
-    check_finite({f"{key} of {name}": tensor for name, outputs in sets.items() for key, tensor in outputs.items()})
+def layer_names(sets: Sequence[dict[str, Tensor]], record: FDRRecord, of: str = "") -> dict[str, dict[str, Tensor]]:
+    """Prediction sets of the last layers of a forward, by the layers' names."""
+    first = len(record.boxes) - len(sets) + 1
+    return {f"{of}decoder layer {layer}": outputs for layer, outputs in enumerate(sets, start=first)}
+
+
+def check_of_losses_inputs(record: FDRRecord, sets: Mapping[str, dict[str, Tensor]]) -> FiniteCheck:
+    """The check of all predictions that losses are computed from: the corner logits of a forward, and prediction sets
+    under names that tell them."""
+    tensors = {f"{key} of {name}": tensor for name, outputs in sets.items() for key, tensor in outputs.items()}
+    layers = enumerate(record.corner_logits, start=1)
+    return FiniteCheck(tensors | {f"corner logits of decoder layer {layer}": logits for layer, logits in layers})
+
+
+def check_losses(losses: Mapping[str, Tensor]) -> None:
+    """:func:`check_finite` of a loss dict, on a CPU.
+
+    On an accelerator it would wait for the device once more; what the losses are computed from has been checked.
+    """
+    if all(loss.device.type == "cpu" for loss in losses.values()):
+        check_finite(losses)
 
 
 def rename_suffixes(losses: Mapping[str, Tensor], suffixes: Mapping[str, str]) -> dict[str, Tensor]:
@@ -123,6 +145,9 @@ def rename_suffixes(losses: Mapping[str, Tensor], suffixes: Mapping[str, str]) -
 
     return {renamed(key): value for key, value in losses.items()}
 
+
+WithTargets = tuple[dict[str, Tensor], list[dict[str, Tensor]]]
+"""A prediction set, and for each image what it is matched with."""
 
 Terms = tuple[list[Tensor], list[Tensor]]
 """FGL of every layer, and DDF of every layer but the last."""
@@ -142,23 +167,6 @@ def take_in_idle(losses: dict[str, Tensor]) -> None:
         losses["loss_bbox"] = losses["loss_bbox"] + 0 * parameter.sum()
 
 
-def solve_outputs(
-    sets: list[dict[str, Tensor]],
-    targets: list[dict[str, Tensor]],
-    cost: MatchingCost,
-    logits_key: str,
-    labels_key: str,
-) -> list[Pairs]:
-    """:func:`~dfine_plugin.assignment.match_sets` of a host's outputs and targets."""
-    return match_sets(
-        [outputs[logits_key] for outputs in sets],
-        [outputs["pred_boxes"] for outputs in sets],
-        [target[labels_key] for target in targets],
-        [target["boxes"] for target in targets],
-        cost,
-    )
-
-
 class UnionCriterion(nn.Module):
     """Mixin before a host's criterion: box losses of the matched sets over the union, and the same criterion otherwise.
 
@@ -174,36 +182,45 @@ class UnionCriterion(nn.Module):
         """What the host's matcher minimises, where it is one that is known; an unknown one is asked itself."""
         return None
 
-    def match(self, sets: list[tuple[dict[str, Tensor], list[dict[str, Tensor]]]], config: FDRConfig) -> None:
-        """Match prediction sets of the same queries by the host's matcher, and form their union if the config wants it.
+    def match(
+        self, sets: list[WithTargets], config: FDRConfig, check: FiniteCheck, apart: Sequence[WithTargets] = ()
+    ) -> None:
+        """Match prediction sets as the host's matcher does, and form their union if the config wants it.
 
         Args:
-            sets: prediction sets with their targets.
+            sets: prediction sets of the same queries, with their targets.
             config: whether there is a union.
+            check: settled before anything is matched.
+            apart: sets of other queries, which stay out of the union.
         """
+        device = sets[0][0]["pred_boxes"].device
         cost = self.matching_cost()
-        # no bound method: the matcher in a circle with this would keep the step's graph until the next collection
-        solve = None
-        if cost is not None:
-            solve = partial(solve_outputs, cost=cost, logits_key=self.logits_key, labels_key=self.labels_key)
-        self.matcher = GOLSDMatcher(self.matcher, solve=solve)
-        matches: list[Pairs] = []
-        for _, alike in groupby(sets, key=lambda pair: (id(pair[1]), pair[0]["pred_boxes"].shape)):
-            group = list(alike)
-            targets = group[0][1]
-            found = self.matcher.match([outputs for outputs, _ in group], targets)
-            matches += [self.distinct(pairs, targets) for pairs in found]
+        self.matcher = GOLSDMatcher(self.matcher)
+        if cost is None:
+            check.settle(check.sums.cpu())
+            matches = [self.matcher(outputs, targets) for outputs, targets in sets]
+        else:
+            everything = [*sets, *apart]
+            matches = match_sets([self._to_match(*pair) for pair in everything], cost, check)
+            # hosts index with them: what lay on the CPU would be copied, and waited for, at every use
+            for (outputs, _), pairs in zip(everything, copy_pairs(matches, device), strict=True):
+                self.matcher.remember(outputs["pred_boxes"], pairs)
         # for each boxes tensor its box losses, and the pairs and the normaliser that they were taken with
         self.terms: dict[int, dict[str, Tensor]] = {}
         self.latest: tuple[Any, Any] = (None, None)
         self.taken: dict[int, tuple[FlatPairs, float | Tensor]] = {}
         if config.union:
-            union = union_matching(matches)
+            united = zip(matches, sets, strict=False)  # those apart are the last
+            union = union_matching([self.distinct(pairs, targets) for pairs, (_, targets) in united])
             boxes = [outputs["pred_boxes"] for outputs, _ in sets]
-            flat = flatten_pairs(union, [target["boxes"] for target in sets[0][1]], boxes[0].device)
-            count = mean_over_processes(len(flat.queries), boxes[0].device)
+            flat = flatten_pairs(union, [target["boxes"] for target in sets[0][1]], device)
+            count = mean_over_processes(len(flat.queries), device)
             for tensor, terms in zip(boxes, box_losses(boxes, flat, count), strict=True):
                 self.terms[id(tensor)], self.taken[id(tensor)] = terms, (flat, count)
+
+    def _to_match(self, outputs: dict[str, Tensor], targets: list[dict[str, Tensor]]) -> SetToMatch:
+        labels, truths = ([target[key] for target in targets] for key in (self.labels_key, "boxes"))
+        return SetToMatch(outputs[self.logits_key], outputs["pred_boxes"], labels, truths)
 
     def distinct(self, pairs: Pairs, targets: list[dict[str, Tensor]]) -> Pairs:
         """The pairs with one index for each truth, where a host repeats its truths."""

@@ -25,7 +25,7 @@ from dfine_plugin.config import FDRConfig
 from dfine_plugin.errors import UnsupportedModelError, WrapStateError
 from dfine_plugin.head import FDRHead, Refinement
 from dfine_plugin.record import FDRRecord, close_scope, current_record, current_scope, in_scope, open_scope
-from dfine_plugin.validation import check_finite, check_targets
+from dfine_plugin.validation import check_targets
 from dfine_plugin.wrapping import binding_of
 
 from . import common, recomputed_boxes
@@ -159,6 +159,8 @@ class GOLSDCriterion(common.UnionCriterion):
     encoder_is_decoded: ClassVar[bool] = False
     """Whether the encoder's set holds the very proposals that the decoder's queries start from, in their order. Where
     it holds every token instead, its pairs are of other queries than the decoder's and stay out of the union."""
+    encoder_is_binary: ClassVar[bool] = False
+    """Whether the host matches the encoder's set without regard to classes, always; some let their config say it."""
 
     def denoising(self, outputs: dict[str, Any], args: tuple[Any, ...]) -> dict[str, Any] | None:
         """The denoising queries' outputs, of the last layer and ``aux_outputs``, if there are any."""
@@ -193,19 +195,22 @@ class GOLSDCriterion(common.UnionCriterion):
         layers = [*auxiliary, prediction_set(outputs)]
         initial = initial_set(record)
         united = [(layers[-1], targets), *((layer, targets) for layer in auxiliary), (initial, targets)]
-        others = {"the initial boxes": initial}
+        apart: list[common.WithTargets] = []
+        named = {**common.layer_names(layers, record), "the initial boxes": initial}
         if "enc_outputs" in outputs:
-            others["the encoder"] = outputs["enc_outputs"]
-            if self.encoder_is_decoded:
-                united.append((outputs["enc_outputs"], self.encoder_targets(targets)))
-        common.check_sets(layers, others)
-        self.match(united, self.fdr_config)
-
-        outputs = {**outputs, "aux_outputs": [*auxiliary, initial]}
+            named["the encoder"] = encoder = prediction_set(outputs["enc_outputs"])
+            (united if self.encoder_is_decoded else apart).append((encoder, self.encoder_targets(targets)))
         if known is not None:
             own = current_record().queries(slice(0, queries.start))
             known_layers = [*known.get("aux_outputs", []), prediction_set(known)]
-            known = {**known, "aux_outputs": [*known_layers[:-1], initial_set(own)]}
+            known_initial = initial_set(own)
+            named |= common.layer_names(known_layers, record, of="the denoising queries in ")
+            named["the denoising queries' initial boxes"] = known_initial
+        self.match(united, self.fdr_config, common.check_of_losses_inputs(current_record(), named), apart)
+
+        outputs = {**outputs, "aux_outputs": [*auxiliary, initial]}
+        if known is not None:
+            known = {**known, "aux_outputs": [*known_layers[:-1], known_initial]}
             outputs, args = self.with_denoising(outputs, args, known)
         losses = super().forward(outputs, targets, *args)
         count = len(auxiliary)
@@ -224,13 +229,13 @@ class GOLSDCriterion(common.UnionCriterion):
                 own = own.last(len(layers))
                 terms = self.distribution_losses(own, known_layers, self.fdr_config, over_processes=False)
             losses.update(common.named_terms(terms, names))
-        check_finite(losses)
+        common.check_losses(losses)
         common.take_in_idle(losses)
         return losses
 
     def encoder_targets(self, targets: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
         """The targets that the host matches the encoder's proposals with."""
-        if not getattr(self, "two_stage_binary_cls", False):
+        if not (self.encoder_is_binary or getattr(self, "two_stage_binary_cls", False)):
             return targets
         return [{**target, "labels": torch.zeros_like(target["labels"])} for target in targets]
 

@@ -16,6 +16,8 @@ class FDRDeformableDetrDecoder(common.RefiningDecoder, DeformableDetrTransformer
 class GOLSDDeformableCriterion(common.GOLSDCriterion, DeformableCriterion):
     """The host's criterion, fed with the union. Its encoder set holds every token, so it keeps its own pairs."""
 
+    encoder_is_binary = True
+
 
 @register_adapter("projects.deformable_detr.modeling.deformable_detr.DeformableDETR")
 class DeformableDetrAdapter(common.DetrexAdapter):

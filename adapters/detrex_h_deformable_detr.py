@@ -24,6 +24,7 @@ class GOLSDHybridCriterion(common.GOLSDCriterion, DeformableCriterion):
     the truths there, end to end; which of the copies a query was matched with is chance, so they count as one truth.
     """
 
+    encoder_is_binary = True
     one_to_many = False
     """Whether this instance, made for one call, serves the one-to-many branch."""
     copies: int

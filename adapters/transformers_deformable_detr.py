@@ -17,7 +17,6 @@ from dfine_plugin.errors import UnsupportedModelError
 from dfine_plugin.head import FDRHead, locate_initial_boxes
 from dfine_plugin.record import FDRRecord, current_record, leave_record
 from dfine_plugin.registry import register_adapter
-from dfine_plugin.validation import check_finite
 
 from . import common, recomputed_boxes
 from . import transformers_common as hf
@@ -128,7 +127,8 @@ class DeformableDetrGOLSDLoss:
         layers = [hf.prediction_set(*layer) for layer in zip(outputs_class, outputs_coord, strict=True)]
         assert record.initial_logits is not None
         initial = hf.prediction_set(record.initial_logits, record.initial_boxes)
-        common.check_sets(layers, {"the initial boxes": initial})
+        named = {**common.layer_names(layers, record), "the initial boxes": initial}
+        check = common.check_of_losses_inputs(record, named)
         auxiliary = layers[:-1] if config.auxiliary_loss else []
 
         matcher = DeformableDetrHungarianMatcher(
@@ -139,8 +139,8 @@ class DeformableDetrGOLSDLoss:
             num_classes=config.num_labels,
             focal_alpha=config.focal_alpha,
             losses=["labels", "boxes", "cardinality"],
-        ).to(device)
-        criterion.match([(outputs, labels) for outputs in (layers[-1], *auxiliary, initial)], self.config)
+        )
+        criterion.match([(outputs, labels) for outputs in (layers[-1], *auxiliary, initial)], self.config, check)
         losses = criterion({**layers[-1], "auxiliary_outputs": [*auxiliary, initial]}, labels)
         losses = common.rename_suffixes(losses, {f"_{len(auxiliary)}": "_pre"})
 
@@ -148,7 +148,7 @@ class DeformableDetrGOLSDLoss:
         terms = criterion.distribution_losses(record.last(len(supervised)), supervised, self.config)
         suffixes = [*(f"_{i}" for i in range(len(auxiliary))), ""]
         losses.update(common.named_terms(terms, suffixes))
-        check_finite(losses)
+        common.check_losses(losses)
         weights = {
             "loss_ce": 1.0,
             "loss_bbox": config.bbox_loss_coefficient,

@@ -15,13 +15,12 @@ from transformers.models.rt_detr import modeling_rt_detr
 from transformers.models.rt_detr_v2 import modeling_rt_detr_v2
 
 from dfine_plugin.assignment import MatchingCost
-from dfine_plugin.boxes import aligned_iou
+from dfine_plugin.boxes import aligned_iou, at_least_float32
 from dfine_plugin.config import FDRConfig
 from dfine_plugin.criterion import distribution_losses, flatten_pairs, mean_over_processes
 from dfine_plugin.head import FDRHead, locate_initial_boxes
 from dfine_plugin.record import FDRRecord, current_record, current_scope, leave_record
 from dfine_plugin.registry import register_adapter
-from dfine_plugin.validation import check_finite
 
 from . import common
 from . import transformers_common as hf
@@ -116,15 +115,19 @@ class UnionRTDetrLoss(common.UnionCriterion, RTDetrLoss):
         return MatchingCost(matcher.class_cost, matcher.bbox_cost, matcher.giou_cost, matcher.alpha, matcher.gamma)
 
     def loss_labels_vfl(self, outputs, targets, indices, num_boxes, log=True):
-        """The host's varifocal loss, with the IoU of aligned pairs instead of the diagonal of all against all."""
+        """The host's varifocal loss, with the IoU of aligned pairs instead of the diagonal of all against all.
+
+        Cross entropy with a score s is ``softplus(logit) - s logit``, and s is zero but for the pairs: no scores of all
+        queries and classes are made, and kept for the backward pass.
+        """
         logits, boxes = outputs["logits"], outputs["pred_boxes"]
         flat = flatten_pairs(indices, [target["boxes"] for target in targets], logits.device)
         classes = torch.cat([target["class_labels"] for target in targets])[flat.truths]
-        iou = aligned_iou(boxes[flat.images, flat.queries].detach(), flat.boxes).to(logits.dtype)
+        iou = aligned_iou(boxes[flat.images, flat.queries].detach(), flat.boxes)
         positive = flat.images, flat.queries, classes
-        score = torch.zeros_like(logits).index_put_(positive, iou)
-        weight = (self.alpha * logits.detach().sigmoid().pow(self.gamma)).to(logits.dtype).index_put_(positive, iou)
-        loss = F.binary_cross_entropy_with_logits(logits, score, weight=weight, reduction="sum")
+        weight = self.alpha * at_least_float32(logits.detach()).sigmoid().pow(self.gamma)
+        weight.index_put_(positive, iou.to(weight.dtype))
+        loss = (weight * F.softplus(at_least_float32(logits))).sum() - (iou.square() * logits[positive]).sum()
         return {"loss_vfl": loss / num_boxes}
 
 
@@ -163,17 +166,24 @@ class RTDetrGOLSDLoss:
         encoder = hf.prediction_set(enc_topk_logits, enc_topk_bboxes)
         initial = hf.prediction_set(matched.initial_logits, matched.initial_boxes)
         auxiliary = [*layers[:-1], encoder] if config.auxiliary_loss else []
-        common.check_sets(layers, {"the encoder": encoder, "the initial boxes": initial})
-
-        criterion = UnionRTDetrLoss(config).to(device)
-        criterion.match([(outputs, labels) for outputs in (layers[-1], *auxiliary, initial)], self.config)
-        outputs = {**layers[-1], "auxiliary_outputs": [*auxiliary, initial]}
-        rename = {f"_aux_{len(auxiliary)}": "_pre"}
+        named = {**common.layer_names(layers, record), "the encoder": encoder, "the initial boxes": initial}
+        noisy: list[dict[str, Tensor]] = []  # the denoising queries' sets, the initial boxes last
         if denoising_meta_values is not None and config.auxiliary_loss:
             own = record.queries(denoising)
             assert own.initial_logits is not None
             noisy = _prediction_sets(outputs_class[:, :, denoising], outputs_coord[:, :, denoising])
-            outputs["dn_auxiliary_outputs"] = [*noisy, hf.prediction_set(own.initial_logits, own.initial_boxes)]
+            named |= common.layer_names(noisy, record, of="the denoising queries in ")
+            noisy.append(hf.prediction_set(own.initial_logits, own.initial_boxes))
+            named["the denoising queries' initial boxes"] = noisy[-1]
+
+        # not moved to the device, which would wait: its one buffer serves a loss that RT-DETR has no use for
+        criterion = UnionRTDetrLoss(config)
+        check = common.check_of_losses_inputs(record, named)
+        criterion.match([(outputs, labels) for outputs in (layers[-1], *auxiliary, initial)], self.config, check)
+        outputs = {**layers[-1], "auxiliary_outputs": [*auxiliary, initial]}
+        rename = {f"_aux_{len(auxiliary)}": "_pre"}
+        if noisy:
+            outputs["dn_auxiliary_outputs"] = noisy
             outputs["denoising_meta_values"] = denoising_meta_values
             rename[f"_dn_{num_layers}"] = "_dn_pre"
         losses = common.rename_suffixes(criterion(outputs, labels), rename)
@@ -185,11 +195,11 @@ class RTDetrGOLSDLoss:
         known = criterion.get_cdn_matched_indices(denoising_meta_values, labels) if denoising_meta_values else []
         # outside of the branch: a process without a truth has no denoising queries, yet the others wait for its count
         num_known = mean_over_processes(sum(len(queries) for queries, _ in known), outputs_class.device)
-        if denoising_meta_values is not None and config.auxiliary_loss:
+        if noisy:
             flat = flatten_pairs(known, [target["boxes"] for target in labels], outputs_class.device)
-            terms = distribution_losses(own, noisy[-1]["logits"], [flat] * num_layers, num_known, self.config)
+            terms = distribution_losses(own, noisy[-2]["logits"], [flat] * num_layers, num_known, self.config)
             losses.update(self._weighted(terms, [f"_dn_{i}" for i in range(num_layers)]))
-        check_finite(losses)
+        common.check_losses(losses)
         common.take_in_idle(losses)
         return torch.stack([*losses.values()]).sum(), losses, auxiliary or None
 

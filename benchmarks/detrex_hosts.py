@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,6 +27,26 @@ CUDA_ONLY = ("dino", "dn-detr")
 
 NUM_QUERIES = 30
 MAX_DETECTIONS = 100
+
+
+@contextmanager
+def without_cuda_calls() -> Iterator[None]:
+    """Let `.cuda()` and `.to("cuda")` leave a tensor where it is, so that the hosts of `CUDA_ONLY` train on a CPU.
+
+    What they then compute is what a model on a GPU would; the copies that they ask for are not made. It holds for the
+    whole process, and for whoever calls.
+    """
+    cuda: Any = Tensor.cuda
+    to: Any = Tensor.to
+
+    def to_elsewhere(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return to(tensor, *("cpu" if isinstance(arg, str) and arg == "cuda" else arg for arg in args), **kwargs)
+
+    Tensor.cuda, Tensor.to = (lambda tensor, *_, **__: tensor), to_elsewhere  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        Tensor.cuda, Tensor.to = cuda, to  # type: ignore[method-assign]
 
 
 def build_detrex_host(name: str, class_names: list[str]) -> nn.Module:

@@ -6,6 +6,8 @@ the costs cross to the CPU in one copy.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, NamedTuple
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from .boxes import at_least_float32
 from .matching import Pairs
+from .validation import FiniteCheck
 
 CHUNK = {"cpu": 2**18, "cuda": 2**24}
 """So many costs are computed at a time at most: on a CPU what its cache holds, on a GPU what its memory spares."""
@@ -79,52 +82,70 @@ class MatchingCost:
         return cost.sub_(inner.div_(outer).add_(outer.div_(hull)).sub_(1), alpha=self.giou_weight)
 
 
+class SetToMatch(NamedTuple):
+    """A prediction set with the truths that it is matched with.
+
+    Attributes:
+        logits: ``(B, Q, C)``.
+        boxes: ``(B, Q, 4)`` cxcywh.
+        labels: for each image ``(n,)``.
+        truths: for each image ``(n, 4)`` cxcywh.
+    """
+
+    logits: Tensor
+    boxes: Tensor
+    labels: Sequence[Tensor]
+    truths: Sequence[Tensor]
+
+    def kind(self) -> tuple[Any, ...]:
+        """Sets of one kind, with as many queries and the same truths, are computed together."""
+        return self.boxes.shape, *(id(tensor) for tensor in (*self.labels, *self.truths))
+
+
 @torch.no_grad()
-def match_sets(
-    logits: Sequence[Tensor],
-    boxes: Sequence[Tensor],
-    labels: Sequence[Tensor],
-    truths: Sequence[Tensor],
-    cost: MatchingCost,
-) -> list[Pairs]:
+def match_sets(sets: Sequence[SetToMatch], cost: MatchingCost, check: FiniteCheck | None = None) -> list[Pairs]:
     """One-to-one matches of least cost, for each set and image.
 
     Args:
-        logits: ``(B, Q, C)`` for each set.
-        boxes: ``(B, Q, 4)`` cxcywh for each set.
-        labels: for each image ``(n,)``.
-        truths: for each image ``(n, 4)`` cxcywh.
+        sets: fastest where sets of one kind follow one another.
         cost: of a pair.
+        check: of what the costs are computed from; settled before any solver sees a cost.
 
     Returns:
         For each set and image ``(query indices, truth indices)``, int64 on the CPU, by ascending query; the fewer of
         truths and queries many.
+
+    Raises:
+        NonFiniteError: as the check says.
     """
-    num_sets, (num_images, num_queries) = len(logits), logits[0].shape[:2]
-    sizes = [len(boxes_of_image) for boxes_of_image in truths]
-    if not sum(sizes):
-        nothing = torch.zeros(0, dtype=torch.int64)
-        return [[(nothing, nothing)] * num_images for _ in range(num_sets)]
-    images = torch.repeat_interleave(torch.arange(num_images), torch.tensor(sizes)).to(logits[0].device)
-    all_labels, all_truths = torch.cat(list(labels)), torch.cat(list(truths))
-    chunk = CHUNK.get(logits[0].device.type, CHUNK["cuda"])
-    step = max(1, chunk // (sum(sizes) * num_queries))
-    costs = torch.cat(
-        [
-            cost.matrices(logits[i : i + step], boxes[i : i + step], images, all_labels, all_truths)
-            for i in range(0, num_sets, step)
-        ],
-        dim=1,
-    )
-    matrices = costs.cpu().numpy()
+    costs: list[Tensor] = []  # (M, S, Q) each, for so many sets at a time
+    sizes: list[list[int]] = []  # for each set how many truths its images have
+    for _, alike in groupby(sets, SetToMatch.kind):
+        group = list(alike)
+        device, num_queries = group[0].boxes.device, group[0].boxes.shape[1]
+        counts = [len(truths) for truths in group[0].truths]
+        images = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).to(device, non_blocking=True)
+        labels, truths = torch.cat(list(group[0].labels)), torch.cat(list(group[0].truths))
+        step = max(1, CHUNK.get(device.type, CHUNK["cuda"]) // max(1, len(truths) * num_queries))
+        for i in range(0, len(group), step):
+            logits, boxes = [x.logits for x in group[i : i + step]], [x.boxes for x in group[i : i + step]]
+            costs.append(cost.matrices(logits, boxes, images, labels, truths))
+        sizes += [counts] * len(group)
+
+    # the only wait for the device: one copy of all costs, and of the check's sums with them
+    crossing = [chunk.flatten() for chunk in costs] + ([] if check is None else [check.sums])
+    crossed = torch.cat(crossing).cpu().split([len(values) for values in crossing])
+    if check is not None:
+        check.settle(crossed[-1])
+    matrices = [
+        of_set for values, chunk in zip(crossed, costs, strict=False) for of_set in values.view_as(chunk).unbind(1)
+    ]
     matches: list[Pairs] = []
-    for index in range(num_sets):
+    for of_set, counts in zip(matrices, sizes, strict=True):
         pairs: Pairs = []
-        start = 0
-        for size in sizes:
-            rows, columns = linear_sum_assignment(matrices[start : start + size, index])
-            queries, order = torch.from_numpy(columns).sort()
-            pairs.append((queries, torch.from_numpy(rows)[order]))
-            start += size
+        for of_image in of_set.split(counts):
+            truths_matched, queries_matched = linear_sum_assignment(of_image.numpy())
+            queries, order = torch.from_numpy(queries_matched).sort()
+            pairs.append((queries, torch.from_numpy(truths_matched)[order]))
         matches.append(pairs)
     return matches

@@ -31,13 +31,20 @@ class FlatPairs(NamedTuple):
 
 def flatten_pairs(pairs: Pairs, truths: list[Tensor], device: torch.device) -> FlatPairs:
     """Pairs of all images in one go, from their indices and each image's truths ``(n, 4)``."""
-    images = torch.cat([torch.full_like(queries, image) for image, (queries, _) in enumerate(pairs)])
-    queries = torch.cat([queries for queries, _ in pairs])
-    starts = accumulate((len(boxes) for boxes in truths[:-1]), initial=0)
-    indices = torch.cat([indices + start for (_, indices), start in zip(pairs, starts, strict=True)])
-    # one copy to the device for all
-    images, queries, indices = torch.stack([images, queries, indices]).to(device)
+    queries, indices = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+    images = torch.repeat_interleave(torch.arange(len(pairs)), torch.tensor([len(queries) for queries, _ in pairs]))
+    starts = torch.tensor([0, *accumulate(len(boxes) for boxes in truths[:-1])])[images]
+    # to the device in one copy, that nothing waits for, of what is not there yet
+    images, starts = torch.stack([images, starts]).to(queries.device, non_blocking=True)
+    images, queries, indices = torch.stack([images, queries, indices + starts]).to(device, non_blocking=True)
     return FlatPairs(images, queries, indices, torch.cat(list(truths)).to(device)[indices])
+
+
+def copy_pairs(sets: Sequence[Pairs], device: torch.device) -> list[Pairs]:
+    """The pairs of several sets on a device, in one copy that nothing waits for."""
+    indices = [index for pairs in sets for pair in pairs for index in pair]
+    copies = iter(torch.cat(indices).to(device, non_blocking=True).split([len(index) for index in indices]))
+    return [[(next(copies), next(copies)) for _ in pairs] for pairs in sets]
 
 
 def average_over_processes(values: Tensor) -> Tensor:
@@ -53,7 +60,7 @@ def mean_over_processes(count: float, device: torch.device) -> Tensor | float:
     """A count of pairs as a normaliser: averaged over the processes of a distributed run, at least 1."""
     if not (dist.is_available() and dist.is_initialized()):
         return max(float(count), 1.0)
-    return average_over_processes(torch.tensor(float(count), device=device)).clamp(min=1)
+    return average_over_processes(torch.full((), float(count), device=device)).clamp(min=1)
 
 
 def box_losses(sets: Sequence[Tensor], pairs: FlatPairs, num_boxes: float | Tensor) -> list[dict[str, Tensor]]:
@@ -118,9 +125,10 @@ def distribution_losses(
     confidence = at_least_float32(teacher_class_logits.detach()).sigmoid().amax(-1)
     taught: list[tuple[Tensor, Tensor]] = []  # of each layer but the last: which queries are matched, all qualities
     for flat, quality in zip(pairs[:-1], iou, strict=False):
-        matched = torch.zeros_like(confidence, dtype=torch.bool)
-        matched[flat.images, flat.queries] = True
-        taught.append((matched, confidence.index_put((flat.images, flat.queries), quality.to(confidence.dtype))))
+        at, known = (flat.images, flat.queries), torch.ones_like(flat.images, dtype=torch.bool)
+        # not matched[at] = True, which would bring the True to the device and wait for it
+        matched = torch.zeros_like(confidence, dtype=torch.bool).index_put_(at, known)
+        taught.append((matched, confidence.index_put(at, quality.to(confidence.dtype))))
     counts = torch.stack([query_counts(matched) for matched, _ in taught]).to(frame.dtype)
     if over_processes:
         counts = average_over_processes(counts)

@@ -55,47 +55,28 @@ class GOLSDMatcher(nn.Module):
 
     Drop-in for the host's matcher: called with a set's outputs and the targets it answers as the host's does. The
     answer is kept under the identity of the set's boxes, since hosts rebuild their dicts between matching and loss; a
-    set asked for twice is solved once. Nothing is kept in copies or pickles.
+    set asked for twice is solved once, and not at all if the answer was told. Nothing is kept in copies or pickles.
 
     Args:
         matcher: ``matcher(outputs, targets) -> Pairs``.
         boxes_key: the key of the boxes tensor in ``outputs``.
-        solve: ``solve(sets, targets) -> [Pairs]``, what the matcher would answer for each of several sets of as many
-            queries, faster; it is then asked in the matcher's place.
     """
 
-    def __init__(
-        self,
-        matcher: Callable[..., Pairs],
-        boxes_key: str = "pred_boxes",
-        solve: Callable[[list[dict[str, Any]], list[dict[str, Tensor]]], list[Pairs]] | None = None,
-    ) -> None:
+    def __init__(self, matcher: Callable[..., Pairs], boxes_key: str = "pred_boxes") -> None:
         super().__init__()
         self.matcher = matcher
         self.boxes_key = boxes_key
-        self.solve = solve
         self._memory: dict[int, tuple[Tensor, Pairs]] = {}
 
     def forward(self, outputs: dict[str, Any], targets: list[dict[str, Tensor]], *args: Any, **kwargs: Any) -> Pairs:
         """The host's match of one prediction set, solved at most once for each boxes tensor."""
         boxes = outputs[self.boxes_key]
         if not self.knows(boxes):
-            if self.solve is None:
-                self._remember(outputs, self.matcher(outputs, targets, *args, **kwargs))
-            else:
-                self.match([outputs], targets)
+            self.remember(boxes, self.matcher(outputs, targets, *args, **kwargs))
         return self._memory[id(boxes)][1]
 
-    def match(self, sets: list[dict[str, Any]], targets: list[dict[str, Tensor]]) -> list[Pairs]:
-        """The matches of several sets of as many queries, in one go where there is a fast way."""
-        if self.solve is not None:
-            unknown = [outputs for outputs in sets if not self.knows(outputs[self.boxes_key])]
-            for outputs, pairs in zip(unknown, self.solve(unknown, targets) if unknown else [], strict=True):
-                self._remember(outputs, pairs)
-        return [self(outputs, targets) for outputs in sets]
-
-    def _remember(self, outputs: dict[str, Any], pairs: Pairs) -> None:
-        boxes = outputs[self.boxes_key]
+    def remember(self, boxes: Tensor, pairs: Pairs) -> None:
+        """What to answer for the set with this boxes tensor."""
         # the tensor is kept beside the answer, so that its identity cannot be taken over by another one
         self._memory[id(boxes)] = (boxes, pairs)
 

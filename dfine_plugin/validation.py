@@ -1,4 +1,4 @@
-"""Checks of what comes into the loss. Each costs one device synchronisation, and names the culprit when it fails."""
+"""Checks of what comes into the loss, which name the culprit when they fail."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,7 +13,7 @@ LARGEST_COORDINATE = 2.0
 
 
 def check_targets(targets: Sequence[Mapping[str, Any]], num_classes: int, labels_key: str, boxes_key: str) -> None:
-    """Refuse ground truths that no loss can use, before the host computes with them.
+    """Refuse ground truths that no loss can use, before the host computes with them. Reads the truths' device once.
 
     Args:
         targets: for each image a mapping with labels ``(n,)`` int and boxes ``(n, 4)`` cxcywh in image sides.
@@ -53,21 +53,45 @@ def check_targets(targets: Sequence[Mapping[str, Any]], num_classes: int, labels
                 )
 
 
-def check_finite(tensors: Mapping[str, Tensor]) -> None:
-    """Refuse NaN and infinity before the assignment solver sees them.
+class FiniteCheck:
+    """A check for NaN and infinity in two steps: sums where the tensors lie, the verdict when the sums are on the CPU.
+
+    So the sums can cross in one copy with what has to cross anyway, and the check alone waits for no device.
 
     Args:
         tensors: by a name that tells tensor and layer, such as ``"boxes of decoder layer 2"``.
 
-    Raises:
-        NonFiniteError: names every tensor that is not finite, and how much of it.
+    Attributes:
+        sums: ``(T,)`` float32, one for each tensor.
     """
-    # a sum is NaN or infinite as soon as one element is, and reads each tensor once without a mask of its size
-    finite = torch.stack([tensor.detach().float().sum().isfinite() for tensor in tensors.values()])
-    if not bool(finite.all()):
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.tensors = {name: tensor.detach() for name, tensor in tensors.items()}
+        # a sum is NaN or infinite as soon as one element is, and reads each tensor once without a mask of its size
+        self.sums = torch.stack([tensor.sum(dtype=torch.float32) for tensor in self.tensors.values()])
+
+    def settle(self, sums: Tensor) -> None:
+        """Refuse what is not finite.
+
+        Args:
+            sums: :attr:`sums`, brought to the CPU.
+
+        Raises:
+            NonFiniteError: names every tensor that is not finite, and how much of it.
+        """
+        if bool(sums.isfinite().all()):
+            return
         culprits = [
             f"{name} ({int((~tensor.isfinite()).sum())} of {tensor.numel()} values)"
-            for name, tensor in tensors.items()
+            for name, tensor in self.tensors.items()
             if not bool(tensor.isfinite().all())
         ]
-        raise NonFiniteError(f"not finite: {', '.join(culprits)}")
+        # without a culprit, finite values add up beyond float32
+        if culprits:
+            raise NonFiniteError(f"not finite: {', '.join(culprits)}")
+
+
+def check_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Both steps of :class:`FiniteCheck` at once."""
+    check = FiniteCheck(tensors)
+    check.settle(check.sums.cpu())

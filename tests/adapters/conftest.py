@@ -1,10 +1,10 @@
 """Every test that asks for ``host`` runs over all hosts; for ``transformers_host`` or ``detrex_host``, over theirs."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
-import torch
 
 from . import detrex_hosts, transformers_hosts
 from .hosts import Host
@@ -18,9 +18,9 @@ def _params(detrex: Sequence[Host] = (), transformers: Sequence[Host] = ()) -> l
 
 
 @pytest.fixture(params=_params(detrex_hosts.HOSTS, transformers_hosts.HOSTS), ids=str)
-def host(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Host:
-    without_cuda_calls(request.param, monkeypatch)
-    return request.param
+def host(request: pytest.FixtureRequest) -> Iterator[Host]:
+    with _on_the_tests_device(request):
+        yield request.param
 
 
 @pytest.fixture(params=transformers_hosts.HOSTS, ids=str)
@@ -29,19 +29,11 @@ def transformers_host(request: pytest.FixtureRequest) -> Host:
 
 
 @pytest.fixture(params=_params(detrex_hosts.HOSTS), ids=str)
-def detrex_host(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Host:
-    without_cuda_calls(request.param, monkeypatch)
-    return request.param
+def detrex_host(request: pytest.FixtureRequest) -> Iterator[Host]:
+    with _on_the_tests_device(request):
+        yield request.param
 
 
-def without_cuda_calls(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Redirect the ``.cuda()`` and ``.to("cuda")`` that two hosts of detrex call even where their model is on a CPU."""
-    if host.name not in detrex_hosts.CUDA_ONLY:
-        return
-    to = torch.Tensor.to
-
-    def to_cpu(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return to(tensor, *("cpu" if arg == "cuda" else arg for arg in args), **kwargs)
-
-    monkeypatch.setattr(torch.Tensor, "cuda", lambda tensor, *_, **__: tensor)
-    monkeypatch.setattr(torch.Tensor, "to", to_cpu)
+def _on_the_tests_device(request: pytest.FixtureRequest) -> AbstractContextManager[None]:
+    on_gpu = request.node.get_closest_marker("gpu") is not None
+    return nullcontext() if on_gpu else detrex_hosts.on_a_cpu(request.param)

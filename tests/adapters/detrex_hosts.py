@@ -1,10 +1,14 @@
 """The rows of detrex: its own configs at debug size. Nothing here imports detrex before a row is built."""
 
+from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from dfine_plugin.benchmarks import detrex_hosts
+from dfine_plugin.benchmarks.detrex_hosts import without_cuda_calls
 
 from .hosts import NUM_CLASSES, NUM_LAYERS, Host
 
@@ -54,6 +58,14 @@ class DetrexHost(Host):
     def without_auxiliary_losses(self, model: nn.Module) -> None:
         model.aux_loss = False
 
+    def to_gpu(self, model: nn.Module) -> None:
+        # the hosts move what they make to a device of their own, and normalise by tensors that do not follow them
+        mean, std = (
+            torch.tensor(x, device="cuda").view(3, 1, 1) for x in ((123.675, 116.28, 103.53), (58.4, 57.1, 57.4))
+        )
+        model.device, model.normalizer = "cuda", lambda x: (x - mean) / std
+        model.cuda()
+
 
 def _build(path: str, **changes: Any) -> nn.Module:
     from detectron2.config import instantiate
@@ -83,5 +95,10 @@ HOSTS = [
     _row("dn-detr", "dn_detr/configs/dn_detr_r50_50ep.py"),
 ]
 
-CUDA_ONLY = {"detrex-dino", "detrex-dn-detr"}
+CUDA_ONLY = {f"detrex-{name}" for name in detrex_hosts.CUDA_ONLY}
 """Hosts whose training calls ``.cuda()``, whatever the device."""
+
+
+def on_a_cpu(host: Host) -> AbstractContextManager[None]:
+    """Where a host can be trained on a CPU."""
+    return without_cuda_calls() if host.name in CUDA_ONLY else nullcontext()

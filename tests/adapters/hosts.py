@@ -43,6 +43,10 @@ class Host(ABC):
     def without_auxiliary_losses(self, model: nn.Module) -> None:
         """Tell the host to supervise its last layer only."""
 
+    def to_gpu(self, model: nn.Module) -> None:
+        """Move a model, in place."""
+        model.cuda()
+
     def loss(self, model: nn.Module, images: Tensor, labels: list[dict[str, Tensor]]) -> Tensor:
         return self.losses(model, images, labels)[0]
 

@@ -62,14 +62,16 @@ def test_positional_labels_are_checked_too(transformers_host: Host) -> None:
 @pytest.mark.parametrize("part", ["boxes", "logits"])
 def test_non_finite_predictions_are_named_by_layer(host: Host, part: str) -> None:
     model = wrapped(host).train()
+    denoises = any("_dn" in name for name in host.losses(model, images(), labels())[1])
     with torch.no_grad():
         if part == "boxes":
             host.fdr(model).refine[1][-1].bias[5] = float("nan")
         else:
             heads = model.model.decoder.class_embed if host.name.startswith("rt-detr") else model.class_embed
             (heads[1] if isinstance(heads, nn.ModuleList) else heads).bias[0] = float("inf")
-    with pytest.raises(NonFiniteError, match=f"not finite: .*{part} of decoder layer [12]"):
+    with pytest.raises(NonFiniteError, match=f"not finite: .*{part} of decoder layer [12]") as error:
         host.loss(model, images(), labels())
+    assert (f"{part} of the denoising queries in decoder layer 2" in str(error.value)) == denoises
 
 
 def test_nothing_is_left_after_an_exception(host: Host) -> None:

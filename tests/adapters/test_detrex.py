@@ -132,11 +132,8 @@ def test_the_decoder_runs_outside_of_a_forward_of_the_model(host: Host) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "amp"])
 def test_training_on_a_gpu(host: Host, autocast: bool) -> None:
-    model = build(host)
-    model.device = "cuda"
-    mean, std = (torch.tensor(x, device="cuda").view(3, 1, 1) for x in ([123.675, 116.28, 103.53], [58.4, 57.1, 57.4]))
-    model.normalizer = lambda x: (x - mean) / std
-    wrap_decoder(model, host.config()).cuda().train()
+    model = wrap_decoder(build(host), host.config()).train()
+    host.to_gpu(model)
     randomise_fdr(host, model)
     with torch.autocast("cuda", enabled=autocast):
         loss = host.loss(model, images(), labels())

@@ -13,7 +13,6 @@ from torch.nn.parallel import DistributedDataParallel
 from dfine_plugin import wrap_decoder
 
 from . import detrex_hosts, transformers_hosts
-from .conftest import without_cuda_calls
 from .hosts import Host, build, idle_parameters, images, labels, randomise_fdr
 
 TRUTHS = {0: (0, 0), 1: (2, 3)}
@@ -43,8 +42,7 @@ def _worker(rank: int, name: str, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     host = row(name)
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        without_cuda_calls(host, monkeypatch)
+    with detrex_hosts.on_a_cpu(host):
         model = wrapped(host)
         parallel = DistributedDataParallel(model, find_unused_parameters=False)
         for step in range(2):  # a second step fails where the first left a parameter without a gradient

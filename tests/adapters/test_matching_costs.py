@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from dfine_plugin import wrap_decoder
+from dfine_plugin import NonFiniteError, wrap_decoder
 from dfine_plugin.matching import GOLSDMatcher
 
 from .hosts import Host, build, images, labels, randomise_fdr
@@ -15,19 +15,19 @@ from .hosts import Host, build, images, labels, randomise_fdr
 def test_the_hosts_matcher_would_have_answered_the_same(
     host: Host, counts: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """All sets that the host asks for, and the initial boxes'; not one of them goes to the host's matcher."""
     compared: list[int] = []
-    match = GOLSDMatcher.match
+    forward = GOLSDMatcher.forward
 
-    def both(self: GOLSDMatcher, sets: list[dict[str, Any]], targets: list[Any]) -> list[Any]:
-        assert self.solve is not None, "this host's matcher is not known to the fast way"
-        found = match(self, sets, targets)
-        for outputs, pairs in zip(sets, found, strict=True):
-            for ours, theirs in zip(pairs, self.matcher(outputs, targets), strict=True):
-                assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-            compared.append(len(pairs))
+    def compare(self: GOLSDMatcher, outputs: dict[str, Any], targets: list[Any]) -> list[Any]:
+        assert self.knows(outputs["pred_boxes"]), "this set is not matched the fast way"
+        found = forward(self, outputs, targets)
+        for ours, theirs in zip(found, self.matcher(outputs, targets), strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+        compared.append(len(found))
         return found
 
-    monkeypatch.setattr(GOLSDMatcher, "match", both)
+    monkeypatch.setattr(GOLSDMatcher, "forward", compare)
     model = wrap_decoder(build(host), host.config()).train()
     randomise_fdr(host, model)
     host.loss(model, images(), labels(counts))
@@ -35,7 +35,7 @@ def test_the_hosts_matcher_would_have_answered_the_same(
 
 
 def test_a_matcher_that_nobody_knows_is_asked_itself(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A subclass may compute other costs."""
+    """A subclass may compute other costs. It sees none that is not finite."""
     model = wrap_decoder(build(host), host.config()).train()
     randomise_fdr(host, model)
     asked: list[Any] = []
@@ -64,3 +64,10 @@ def test_a_matcher_that_nobody_knows_is_asked_itself(host: Host, monkeypatch: py
         monkeypatch.setattr(kind, "__init__", make_own)
     host.loss(model, images(), labels())
     assert len(asked) >= 4
+
+    asked.clear()
+    with torch.no_grad():
+        host.fdr(model).refine[-1][-1].bias[0] = float("nan")
+    with pytest.raises(NonFiniteError, match="pred_boxes of decoder layer 3"):
+        host.loss(model, images(), labels())
+    assert not asked

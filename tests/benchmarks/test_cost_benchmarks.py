@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from dfine_plugin.benchmarks import criterion, overhead
 from dfine_plugin.benchmarks.criterion import Sizes, by_kind, check_agreement, load_authors, make_ours, make_step
+from dfine_plugin.benchmarks.detrex_hosts import without_cuda_calls
 from dfine_plugin.benchmarks.hosts import build_host
 
 CPU = torch.device("cpu")
@@ -74,3 +75,14 @@ def test_the_overhead_command_compares(tmp_path: Path, monkeypatch: pytest.Monke
     assert figures["wrapped"]["flops"] > 0
     assert figures["ratios"].keys() == {"forward", "criterion", "backward", "step", "inference"}
     assert figures["wrapped"]["memory"]["kept_for_backward"] > figures["host"]["memory"]["kept_for_backward"] > 0
+    assert not figures["without_cuda_calls"]
+
+
+def test_calls_of_cuda_leave_tensors_where_they_are_for_a_while() -> None:
+    tensor = torch.ones(2)
+    methods = torch.Tensor.cuda, torch.Tensor.to
+    with without_cuda_calls():
+        assert tensor.cuda() is tensor
+        assert tensor.to("cuda").device == CPU
+        assert tensor.to("cuda", torch.float64).dtype == torch.float64
+    assert (torch.Tensor.cuda, torch.Tensor.to) == methods

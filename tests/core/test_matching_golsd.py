@@ -71,6 +71,16 @@ def test_matcher_remembers_by_the_boxes_tensor() -> None:
     assert len(host.calls) == 2
 
 
+def test_matcher_gives_the_answer_that_it_was_told() -> None:
+    """The host is not asked; the answer is part of the union."""
+    host = DiagonalMatcher()
+    golsd = GOLSDMatcher(host)
+    outputs, targets = scene()
+    golsd.remember(outputs["pred_boxes"], to_indices([[(4, 0), (5, 1)], []]))
+    assert to_pairs(golsd(outputs, targets)) == to_pairs(golsd.union()) == [[(4, 0), (5, 1)], []]
+    assert not host.calls
+
+
 def test_matcher_is_not_fooled_by_a_recycled_address() -> None:
     """A tensor that is gone answers for no later one."""
     calls: list[int] = []

@@ -35,15 +35,13 @@ pytestmark = [
     pytest.mark.skipif(detrex_checkout() is None, reason="detrex's checkout is not on PYTHONPATH"),
 ]
 
-# Without CUDA the trainer's assertion and two hosts' calls of .cuda() would stop it: python -O drops the one, this
-# redirects the others.
+# Without CUDA the trainer's assertion and two hosts' calls of .cuda() would stop it: python -O drops the one, this the
+# others.
 RUNNER = """
-import runpy, sys, torch
-if not torch.cuda.is_available():
-    to = torch.Tensor.to
-    torch.Tensor.cuda = lambda tensor, *_, **__: tensor
-    torch.Tensor.to = lambda tensor, *a, **k: to(tensor, *("cpu" if x == "cuda" else x for x in a), **k)
-runpy.run_path(sys.argv.pop(1), run_name="__main__")
+import contextlib, runpy, sys, torch
+from dfine_plugin.benchmarks.detrex_hosts import without_cuda_calls
+with contextlib.nullcontext() if torch.cuda.is_available() else without_cuda_calls():
+    runpy.run_path(sys.argv.pop(1), run_name="__main__")
 """
 
 
