@@ -101,8 +101,8 @@ def check_precision(onnx_path: str | Path, precision: str) -> None:
     if other:
         raise ValueError(
             f"{len(other)} of {len(products)} matrix products and convolutions of {onnx_path} are not {precision} "
-            f"(one is {other[0].name}, {other[0].outputs[0].dtype}). An engine has the precision of its graph: export it "
-            f"with precision {precision}"
+            f"(one is {other[0].name}, {other[0].outputs[0].dtype}). An engine has the precision of its graph: export "
+            f"it with precision {precision}"
         )
 
 

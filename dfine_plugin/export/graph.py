@@ -102,8 +102,8 @@ def exported_model(
     """The float32 graph of :func:`export_onnx`."""
     detector = inference_module(model)
     device = next(detector.parameters()).device
-    # a batch of one would be taken for a constant
-    count = batch_size or 2
+    # nothing is computed with it: a number that no other size is a multiple of, lest they be taken for each other
+    count = batch_size or 11
     images = torch.zeros(count, 3, *image_size, device=device)
     inputs: tuple[Tensor, ...] = (images,)
     names: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits", "boxes"]}
