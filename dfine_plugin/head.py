@@ -145,7 +145,8 @@ class FDRHead(nn.Module):
             self.quality[layer] = nn.Identity()
         with torch.no_grad():
             for mlp in self.refine:
-                for parameter in mlp[-1].parameters():
+                *_, last = mlp.children()
+                for parameter in last.parameters():
                     parameter.mul_(self.residual_scale)
         self.residual_scale = 1.0
 

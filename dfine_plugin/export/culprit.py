@@ -37,16 +37,17 @@ def find_culprit(
     names = {_part(module_of(node), decoder) for node in ir.from_proto(exported).graph}
     # what the modules around the decoder compute themselves is in float32 anyway
     names = {name for name in names if name and not f"{decoder}.".startswith(f"{name}.")}
-    moves: dict[str, float] = {}
+    without: dict[str, tuple[int, float]] = {}  # for each part in float32: detections lost, moves of the others
     with TemporaryDirectory() as folder:
         path = Path(folder) / "part.onnx"
         for name in sorted(names):
             graph = ir.from_proto(exported)
             to_precision(graph, precision, decoder, [name], simulate=True)
             ir.save(graph, path)
-            moves[name] = measure_parity(expected, onnx_detections(path, images), threshold).p99_move
-    best = min(moves, key=lambda name: moves[name])
-    return best.removeprefix("model."), moves[best]
+            parity = measure_parity(expected, onnx_detections(path, images), threshold)
+            without[name] = parity.num_lost, parity.p99_move
+    best = min(without, key=lambda name: without[name])
+    return best.removeprefix("model."), without[best][1]
 
 
 def _part(module: str, decoder: str) -> str:

@@ -120,7 +120,7 @@ def find_backend(backend: str | None = None) -> tuple[str, ModuleType]:
         raise ImportError(f"{backend} is not installed: pip install {backend} ({error})") from error
 
 
-def _logger(trt: ModuleType) -> Any:
+def _logger(trt: Any) -> Any:
     class Errors(trt.ILogger):
         """Keeps what went wrong, for the exception."""
 

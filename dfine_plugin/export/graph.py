@@ -11,6 +11,7 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from ..errors import WrapStateError
 from ..registry import find_adapter
@@ -60,7 +61,8 @@ def export_onnx(
     Raises:
         UnsupportedModelError: no adapter knows the model.
         WrapStateError: the model is in training mode.
-        ValueError: an opset below 18, or more detections than the model has.
+        ValueError: an opset below 18, more detections than the model has, or a host that takes the number of images for
+            a constant with a ``batch_size`` of None.
     """
     if opset < OPSET:
         raise ValueError(f"opset must be {OPSET} or higher, got {opset}")
@@ -120,7 +122,12 @@ def exported_model(
         program = _trace(detector, inputs, dynamic_batch=batch_size is None)
         onnx_program = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False, **names)
     assert onnx_program is not None
-    _register_constants(onnx_program.model.graph)
+    graph = onnx_program.model.graph
+    _register_constants(graph)
+    if batch_size is None:
+        for value in (*graph.inputs, *graph.outputs):
+            assert value.shape is not None
+            value.shape[0] = "batch"
     return onnx_program.model
 
 
@@ -135,14 +142,19 @@ def _register_constants(graph: ir.Graph) -> None:
 
 
 def _trace(detector: nn.Module, inputs: tuple[Tensor, ...], dynamic_batch: bool) -> torch.export.ExportedProgram:
-    if not dynamic_batch:
-        return torch.export.export(detector, inputs, strict=False)
-    shapes = tuple({0: torch.export.Dim("batch")} for _ in inputs)
+    shapes = tuple({0: torch.export.Dim.AUTO} for _ in inputs) if dynamic_batch else None
+    # By bytecode first: otherwise a cache of RT-DETR's takes the batch for a constant, and a check of RT-DETRv2's
+    # becomes an op that ONNX lacks. The DN hosts branch on a tensor, which only tracing as they run knows the value of.
     try:
-        return torch.export.export(detector, inputs, dynamic_shapes=shapes, strict=False)
-    except torch._dynamo.exc.UserError:
-        # RT-DETR: a cache of the host's takes the batch for a constant there, which tracing by bytecode does not
-        return torch.export.export(detector, inputs, dynamic_shapes=shapes, strict=True)
+        program = torch.export.export(detector, inputs, dynamic_shapes=shapes, strict=True)
+    except torch._dynamo.exc.TorchDynamoException:
+        program = torch.export.export(detector, inputs, dynamic_shapes=shapes, strict=False)
+    if dynamic_batch:
+        (name,) = program.graph_signature.user_inputs[:1]
+        placeholder = next(node for node in program.graph.nodes if node.name == name)
+        if is_concrete_int(placeholder.meta["val"].shape[0]):
+            raise ValueError("this host takes the number of images for a constant: export with a batch_size")
+    return program
 
 
 @contextmanager

@@ -34,6 +34,11 @@ class Detections(NamedTuple):
         """Those with a score of the threshold or more."""
         return Detections(*(values[self.scores >= threshold] for values in self))
 
+    def finite(self) -> Detections:
+        """Those with a finite box."""
+        kept = np.isfinite(self.boxes).all(-1)
+        return Detections(*(values[kept] for values in self))
+
 
 @dataclass(frozen=True)
 class Parity:
@@ -45,7 +50,6 @@ class Parity:
         num_lost: of these, those that the graph does not report with that label.
         max_move, p99_move, mean_move: of the edges of the others' boxes, in pixels.
         max_score_change: of the others.
-        culprit: the module whose precision moves boxes the most, where that was looked for.
     """
 
     num_images: int
@@ -55,7 +59,6 @@ class Parity:
     p99_move: float
     mean_move: float
     max_score_change: float
-    culprit: str | None = None
 
     @property
     def passed(self) -> bool:
@@ -111,9 +114,7 @@ def _select(logits: Tensor, boxes: Tensor, image: Tensor) -> Detections:
     return Detections(*(values[0].numpy() for values in selected))
 
 
-def measure_parity(
-    expected: Sequence[Detections], found: Sequence[Detections], threshold: float = 0.3, culprit: str | None = None
-) -> Parity:
+def measure_parity(expected: Sequence[Detections], found: Sequence[Detections], threshold: float = 0.3) -> Parity:
     """Compare the confident detections of torch with the graph's.
 
     In each image they are matched by label and box, so that it does not matter which query reports an object. Against
@@ -121,9 +122,8 @@ def measure_parity(
 
     Args:
         expected: torch's, image by image.
-        found: the graph's.
+        found: the graph's; what is not finite of them counts as not reported.
         threshold: on the score.
-        culprit: see :class:`Parity`.
 
     Raises:
         ValueError: no detection reaches the threshold: there is nothing to compare, as with a model that has not been
@@ -132,9 +132,8 @@ def measure_parity(
     moves: list[np.ndarray] = []
     changes: list[np.ndarray] = []
     total = lost = 0
-    for ours, theirs in zip(
-        (e.above(threshold) for e in expected), (f.above(threshold / 2) for f in found), strict=True
-    ):
+    for image_expected, image_found in zip(expected, found, strict=True):
+        ours, theirs = image_expected.above(threshold), image_found.finite().above(threshold / 2)
         total += len(ours.scores)
         distance = np.abs(ours.boxes[:, None] - theirs.boxes[None]).max(-1)
         # a pair of different labels is worse than any of the same
@@ -161,5 +160,4 @@ def measure_parity(
         p99_move=float(np.percentile(edges, 99)),
         mean_move=float(edges.mean()),
         max_score_change=float(scores.max()),
-        culprit=culprit,
     )

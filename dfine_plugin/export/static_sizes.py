@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch._subclasses.fake_tensor as fake_tensor
 import torch.fx.experimental.proxy_tensor as proxy_tensor
@@ -18,7 +19,7 @@ def static_sizes() -> Iterator[None]:
     by. For images of a fixed size these are constants; torch follows constants of one element only, and takes the
     others for data. This raises the bound of one, which torch has no public setting for.
     """
-    modules = (fake_tensor, proxy_tensor)
+    modules: tuple[Any, ...] = (fake_tensor, proxy_tensor)
     bounds = [module.CONSTANT_NUMEL_LIMIT for module in modules]
     try:
         for module in modules:

@@ -1,0 +1,58 @@
+"""What an exported graph takes and gives, and what export refuses."""
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+from transformers import RTDetrImageProcessor
+
+from dfine_plugin import UnsupportedModelError, WrapStateError
+from dfine_plugin.export import export_onnx
+from dfine_plugin.export.precision import to_precision
+
+from ..adapters.hosts import IMAGE_SIZE, images, wrapped
+from ..adapters.transformers_hosts import HOSTS
+
+ROWS = {host.name: host for host in HOSTS}
+SIZE = IMAGE_SIZE, IMAGE_SIZE
+
+
+@pytest.mark.slow
+def test_detections_in_the_graph_are_those_of_the_hosts_own_processor(tmp_path: Path) -> None:
+    model = wrapped(ROWS["rt-detr"])
+    inputs, sizes = images(3), torch.tensor([[480, 640], [64, 64], [1080, 1920]])
+    path = export_onnx(model, tmp_path / "model.onnx", SIZE, batch_size=None, num_detections=12)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    found = session.run(["scores", "labels", "boxes"], {"images": inputs.numpy(), "target_sizes": sizes.numpy()})
+    assert found[1].dtype == np.int64
+    with torch.no_grad():
+        outputs = model(inputs)
+    # the processor reports as many as there are queries: 12
+    wanted = RTDetrImageProcessor().post_process_object_detection(outputs, threshold=0.0, target_sizes=sizes)
+    for image, detections in enumerate(wanted):
+        np.testing.assert_allclose(found[0][image], detections["scores"].numpy(), atol=1e-5)
+        np.testing.assert_array_equal(found[1][image], detections["labels"].numpy())
+        np.testing.assert_allclose(found[2][image], detections["boxes"].numpy(), rtol=1e-4, atol=0.02)
+
+
+def test_what_export_refuses(tmp_path: Path) -> None:
+    model = wrapped(ROWS["rt-detr"])
+    path = tmp_path / "model.onnx"
+    with pytest.raises(WrapStateError, match=r"model.eval\(\)"):
+        export_onnx(model.train(), path, SIZE)
+    model.eval()
+    with pytest.raises(ValueError, match="opset must be 18 or higher, got 17"):
+        export_onnx(model, path, SIZE, opset=17)
+    with pytest.raises(ValueError, match=r"num_detections must be in \[1, 36\].*got 37"):
+        export_onnx(model, path, SIZE, num_detections=37)
+    with pytest.raises(UnsupportedModelError, match="Linear"):
+        export_onnx(nn.Linear(1, 1).eval(), path, SIZE)
+    assert not path.exists()
+
+
+def test_an_unknown_precision() -> None:
+    with pytest.raises(ValueError, match="fp32, fp16 or bf16, got 'int8'"):
+        to_precision(None, "int8", "decoder")  # type: ignore[arg-type]
