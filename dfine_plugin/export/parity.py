@@ -75,7 +75,7 @@ def torch_detections(model: nn.Module, images: Iterable[Tensor]) -> list[Detecti
     with torch.no_grad():
         for image in images:
             logits, boxes = detector(image[None].to(device))
-            found.append(_best_classes(logits[0].cpu(), boxes[0].cpu(), image))
+            found.append(best_classes(logits[0].cpu(), boxes[0].cpu(), image))
     return found
 
 
@@ -98,11 +98,18 @@ def onnx_detections(
             found.append(Detections(*(output[0] for output in session.run(["scores", "labels", "boxes"], feed))))
         else:
             logits, boxes = session.run(["logits", "boxes"], feed)
-            found.append(_best_classes(torch.from_numpy(logits[0]), torch.from_numpy(boxes[0]), image))
+            found.append(best_classes(torch.from_numpy(logits[0]), torch.from_numpy(boxes[0]), image))
     return found
 
 
-def _best_classes(logits: Tensor, boxes: Tensor, image: Tensor) -> Detections:
+def best_classes(logits: Tensor, boxes: Tensor, image: Tensor) -> Detections:
+    """Each query's best class.
+
+    Args:
+        logits: ``(Q, classes)``.
+        boxes: ``(Q, 4)`` cxcywh in image sides.
+        image: ``(3, H, W)``, whose pixels the result is in.
+    """
     scores, labels = logits.float().sigmoid().max(-1)
     height, width = image.shape[-2:]
     corners = to_corners(boxes.float()) * torch.tensor([width, height, width, height])
