@@ -71,12 +71,14 @@ def _figure(values: dict[int, float]) -> str:
     return f"{mean:.1f} ± {spread:.1f}" if len(values) > 1 else f"{mean:.1f}"
 
 
-def _row(cells: Sequence[str]) -> str:
+def table_row(cells: Sequence[str]) -> str:
+    """A row of a Markdown table."""
     return "| " + " | ".join(cells) + " |"
 
 
-def _header(cells: Sequence[str]) -> list[str]:
-    return [_row(cells), _row(["---"] * len(cells))]
+def table_header(cells: Sequence[str]) -> list[str]:
+    """The first two lines of a Markdown table."""
+    return [table_row(cells), table_row(["---"] * len(cells))]
 
 
 def markdown(results: Sequence[Result], failures: Sequence[str] = ()) -> str:
@@ -91,12 +93,12 @@ def markdown(results: Sequence[Result], failures: Sequence[str] = ()) -> str:
         "",
         "### Equal steps",
         "",
-        *_header(["variant", "seeds", *METRICS, "params", "s/step", "gain in AP"]),
+        *table_header(["variant", "seeds", *METRICS, "params", "s/step", "gain in AP"]),
     ]
     for variant in variants:
         runs = [r for r in results if r["settings"]["variant"] == variant]
         lines.append(
-            _row(
+            table_row(
                 [
                     variant,
                     str(len(runs)),
@@ -109,16 +111,21 @@ def markdown(results: Sequence[Result], failures: Sequence[str] = ()) -> str:
         )
     compared = [v for v in variants if v != BASELINE and gain(results, v)]
     if compared:
-        lines += ["", "### Gain by metric, equal steps", "", *_header(["variant", *METRICS])]
-        lines += [_row([v, *(str(gain(results, v, metric) or NONE) for metric in METRICS)]) for v in compared]
-        lines += ["", "### Equal time", "", *_header(["variant", "AP when the baseline had finished", "gain in AP"])]
+        lines += ["", "### Gain by metric, equal steps", "", *table_header(["variant", *METRICS])]
+        lines += [table_row([v, *(str(gain(results, v, metric) or NONE) for metric in METRICS)]) for v in compared]
         lines += [
-            _row([v, _figure(ap_at_equal_time(results, v)), str(gain_at_equal_time(results, v))]) for v in compared
+            "",
+            "### Equal time",
+            "",
+            *table_header(["variant", "AP when the baseline had finished", "gain in AP"]),
         ]
-    lines += ["", "### AP of every seed", "", *_header(["seed", *variants])]
+        lines += [
+            table_row([v, _figure(ap_at_equal_time(results, v)), str(gain_at_equal_time(results, v))]) for v in compared
+        ]
+    lines += ["", "### AP of every seed", "", *table_header(["seed", *variants])]
     for seed in sorted({r["settings"]["seed"] for r in results}):
         values = (by_seed(results, v, "AP").get(seed) for v in variants)
-        lines.append(_row([str(seed), *(NONE if value is None else f"{value:.2f}" for value in values)]))
+        lines.append(table_row([str(seed), *(NONE if value is None else f"{value:.2f}" for value in values)]))
     if failures:
         lines += ["", "### Failed runs", "", *(f"- {failure}" for failure in failures)]
     if len({r["code"] for r in results}) > 1:

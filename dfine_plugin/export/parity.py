@@ -81,7 +81,7 @@ def torch_detections(model: nn.Module, images: Iterable[Tensor]) -> list[Detecti
     with torch.no_grad():
         for image in images:
             logits, boxes = detector(image[None].to(device))
-            found.append(_select(logits.cpu().float(), boxes.cpu().float(), image))
+            found.append(best_detections(logits[0].cpu(), boxes[0].cpu(), image))
     return found
 
 
@@ -104,13 +104,21 @@ def onnx_detections(
             found.append(Detections(scores[0], labels[0], boxes[0]))
         else:
             logits, boxes = session.run(["logits", "boxes"], feed)
-            found.append(_select(torch.from_numpy(logits), torch.from_numpy(boxes), image))
+            found.append(best_detections(torch.from_numpy(logits[0]), torch.from_numpy(boxes[0]), image))
     return found
 
 
-def _select(logits: Tensor, boxes: Tensor, image: Tensor) -> Detections:
-    count = min(NUM_DETECTIONS, logits[0].numel())
-    selected = select_detections(logits[:1], boxes[:1], torch.tensor([image.shape[-2:]]), count)
+def best_detections(logits: Tensor, boxes: Tensor, image: Tensor) -> Detections:
+    """The best :data:`NUM_DETECTIONS` of an image.
+
+    Args:
+        logits: ``(Q, classes)``.
+        boxes: ``(Q, 4)`` cxcywh in image sides.
+        image: ``(3, H, W)``, whose pixels the result is in.
+    """
+    count = min(NUM_DETECTIONS, logits.numel())
+    size = torch.tensor([image.shape[-2:]])
+    selected = select_detections(logits[None].float(), boxes[None].float(), size, count)
     return Detections(*(values[0].numpy() for values in selected))
 
 

@@ -1,0 +1,272 @@
+"""How long an inference takes: host against wrapped, or any models, graphs and engines, under one protocol.
+
+    pip install "dfine-plugin[bench,export]"
+    python -m dfine_plugin.benchmarks.latency --host rt-detr-r18
+    python -m dfine_plugin.benchmarks.latency --model baseline=DIR --model fdr=DIR --images FOLDER --ap ablation.json
+    python -m dfine_plugin.benchmarks.latency --host rt-detr-r50 --backend tensorrt-rtx --backend torch-cudagraph
+    python -m dfine_plugin.benchmarks.latency --engine theirs=dfine_l.engine --engine ours=wrapped.engine
+
+All rows run in turn, round after round, with a pause before each run; median and 95th percentile are those of all runs.
+Inputs and outputs stay on the device, and a run ends when the device has done it: no preprocessing, no copies, no
+selection of detections unless the graph contains it. Wrapped models are deployed.
+
+Beside each row stands its parity: confident detections of the very object that was timed, matched with those of the
+model in float32 on the CPU. The weights of `--host` are fresh, and made to tell places apart
+(:func:`~dfine_plugin.benchmarks.full_size_hosts.settled_pair`). Their queries still score more alike than a trained
+model's, and in half precision others are selected at the selection's edge, whatever the decoder makes of them. So there
+parity is how many of the best detections are found again, and no verdict.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import fmean
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+
+from dfine_plugin.benchmarks.full_size_hosts import HOSTS
+from dfine_plugin.benchmarks.interleaving import interleave, paired_ratio, summarise
+from dfine_plugin.benchmarks.latency_report import latency_markdown
+from dfine_plugin.benchmarks.machine import GPUProbe, describe_readings, environment
+from dfine_plugin.benchmarks.runners import BACKENDS, DTYPES, Runner, check_backend
+from dfine_plugin.benchmarks.runs import Result, write_json
+from dfine_plugin.benchmarks.subjects import NUM_SCENES, Subject, find_subjects
+from dfine_plugin.errors import UnsupportedModelError
+from dfine_plugin.export import measure_parity
+from dfine_plugin.export.engine import BACKENDS as ENGINE_BACKENDS
+from dfine_plugin.export.parity import LARGEST_MOVE, Detections, torch_detections
+
+CONFIDENT = 0.3
+"""The score from which on a detection counts in parity."""
+NUM_BEST = 50
+"""How many of an image's best detections count, where weights are fresh and no score means anything."""
+
+
+def main(
+    host: Annotated[
+        list[str] | None, typer.Option(help=f"fresh, and its wrapped twin; one of {', '.join(HOSTS)}")
+    ] = None,
+    model: Annotated[list[str] | None, typer.Option(help="[NAME=]FOLDER that save_pretrained wrote")] = None,
+    onnx: Annotated[list[str] | None, typer.Option(help="[NAME=]FILE; under a model's name: its graph")] = None,
+    engine: Annotated[list[str] | None, typer.Option(help="[NAME=]FILE; under a model's name: its engine")] = None,
+    backend: Annotated[
+        list[str] | None,
+        typer.Option(help=f"of {', '.join(BACKENDS)}; default: the TensorRT at hand, onnxruntime without a GPU"),
+    ] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16; default: fp16, fp32 on a CPU")] = None,
+    image_size: Annotated[int, typer.Option(min=32)] = 640,
+    batch_size: Annotated[int, typer.Option(min=1)] = 1,
+    runs: Annotated[int, typer.Option(min=1, help="timed runs of each row")] = 50,
+    warmup: Annotated[int, typer.Option(min=0, help="runs of each row before that")] = 10,
+    pause: Annotated[float, typer.Option(min=0, help="milliseconds before each timed run")] = 200,
+    images: Annotated[Path | None, typer.Option(help="folder with images for the models' parity")] = None,
+    ap: Annotated[list[str] | None, typer.Option(help="NAME=AP, or an ablation.json: for the plot")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one")] = None,
+    output: Annotated[Path, typer.Option(help="folder for table, figures and plots")] = Path("latency"),
+) -> None:
+    """Time inferences of several models on several backends in turn."""
+    console = Console()
+    where, chosen, precision, notes = _choose(device, backend, precision)
+    for note in notes:
+        console.print(note, soft_wrap=True)
+    if not (host or model or onnx or engine):
+        host = ["rt-detr-r18"]
+    try:
+        subjects = find_subjects(host or [], model or [], onnx or [], engine or [], image_size, images)
+    except (ValueError, OSError, UnsupportedModelError) as error:
+        raise typer.BadParameter(str(error)) from error
+    for subject in subjects:
+        if not any(subject.runs_on(name) for name in chosen):
+            raise typer.BadParameter(f"nothing of {subject.name!r} runs on {', '.join(chosen)}", param_hint="--backend")
+    try:
+        known_ap = read_ap(ap or [], [subject.name for subject in subjects])
+    except (ValueError, OSError) as error:
+        raise typer.BadParameter(str(error), param_hint="--ap") from error
+    if host:
+        notes.append(f"{' and '.join(host)}: fresh weights, which have a latency, and parity, but no AP.")
+
+    result: Result = {
+        "command": shlex.join(["python", "-m", "dfine_plugin.benchmarks.latency", *sys.argv[1:]]),
+        "environment": environment(where),
+        "settings": {
+            "precision": precision,
+            "image_size": image_size,
+            "batch_size": batch_size,
+            "runs": runs,
+            "warmup": warmup,
+            "pause_ms": pause,
+            "parity_images": f"{NUM_SCENES} drawn scenes" + (f" (models: the images of {images})" if images else ""),
+        },
+        "notes": notes,
+    }
+    with TemporaryDirectory() as folder:
+        rows, runners, failures = build_rows(subjects, chosen, precision, batch_size, where, Path(folder), console)
+        probe = GPUProbe(where) if where.type == "cuda" else None
+        read = probe.read if probe else lambda: None
+        console.print(f"{runs} rounds of {len(rows)} rows ...")
+        times = interleave([runner.run for runner in runners], runs, warmup, pause / 1000, after_round=read)
+    for row, own in zip(rows, times, strict=True):
+        row |= {"seconds": {**summarise(own), "all": own}, "ratio": paired_ratio(own, times[0])}
+        row["AP"] = known_ap.get(row["model"])
+    result |= {"rows": rows, "failures": failures, "gpu": None if probe is None else _gpu(probe)}
+    write_report(result, output, console)
+    if failures:
+        raise typer.Exit(1)
+
+
+def _choose(
+    device: str | None, backends: list[str] | None, precision: str | None
+) -> tuple[torch.device, list[str], str, list[str]]:
+    """Device, backends and precision, and what to say about those that were not asked for."""
+    has_gpu = torch.cuda.is_available()
+    if device not in (None, "cpu") and not has_gpu:
+        raise typer.BadParameter("there is no GPU here that PyTorch can use", param_hint="--device")
+    where = torch.device(device or ("cuda" if has_gpu else "cpu"))
+    notes = []
+    if where.type == "cpu" and not has_gpu:
+        notes.append("There is no GPU here: these are the CPU's times.")
+    if not backends:
+        usual = [name for name, module in ENGINE_BACKENDS.items() if find_spec(module) is not None]
+        backends = [(usual or ["torch-cudagraph"])[0] if where.type == "cuda" else "onnxruntime"]
+        notes.append(f"No backend is asked for: {backends[0]}.")
+    backends = list(dict.fromkeys(backends))
+    for name in backends:
+        try:
+            check_backend(name, where)
+        except (ValueError, ImportError) as error:
+            raise typer.BadParameter(str(error), param_hint="--backend") from error
+    if precision is None:
+        precision = "fp16" if where.type == "cuda" else "fp32"
+        if where.type == "cpu":
+            notes.append("No precision is asked for: fp32, for a CPU has no fast half precision.")
+    if precision not in DTYPES:
+        raise typer.BadParameter(f"{precision!r} is not one of {', '.join(DTYPES)}", param_hint="--precision")
+    return where, backends, precision, notes
+
+
+def build_rows(
+    subjects: Sequence[Subject],
+    backends: Sequence[str],
+    precision: str,
+    batch_size: int,
+    device: torch.device,
+    folder: Path,
+    console: Console,
+) -> tuple[list[dict[str, Any]], list[Runner], list[str]]:
+    """Every subject on every backend that can run it, with its parity; the runners; and what failed and why.
+
+    Raises:
+        typer.Exit: nothing could be built.
+    """
+    rows, runners, failures = [], [], []
+    for number, subject in enumerate(subjects):
+        expected = torch_detections(subject.model, subject.images) if subject.model is not None else None
+        batch = subject.images[0].expand(batch_size, -1, -1, -1).contiguous().to(device)
+        own_folder = folder / str(number)
+        own_folder.mkdir()
+        for backend in filter(subject.runs_on, backends):
+            console.print(f"building {subject.name} on {backend} ...")
+            try:
+                runner = subject.runner(backend, batch, precision, own_folder)
+                parity = measure_row(runner, subject, expected)
+            except Exception as error:  # whatever a backend refuses a model with, the others still run
+                failures.append(f"{subject.name} on {backend}: {type(error).__name__}: {error}")
+                console.print(f"failed: {failures[-1]}", markup=False, soft_wrap=True)
+                continue
+            built = subject.engine is not None and backend in ENGINE_BACKENDS
+            row = {"model": subject.name, "backend": backend, "precision": None if built else precision}
+            rows.append({**row, "parity": parity})
+            runners.append(runner)
+    if not rows:
+        raise typer.Exit(1)
+    return rows, runners, failures
+
+
+def measure_row(runner: Runner, subject: Subject, expected: Sequence[Detections] | None) -> dict[str, Any] | str:
+    """The parity of what a runner detects in its subject's images, or why there is none.
+
+    Args:
+        runner: has run at least once when this returns.
+        subject: whose runner it is.
+        expected: what it should detect in each image, None if that is not known.
+    """
+    found = runner.detect(subject.images)
+    if expected is None:
+        return "no model to compare with"
+    if not all(np.isfinite(values).all() for detections in found for values in detections):
+        return "**failed**: not finite"
+    if subject.fresh:
+        best = [detections.above(np.sort(detections.scores)[-NUM_BEST:][0]) for detections in expected]
+        total = sum(len(detections.scores) for detections in best)
+        return {"num_detections": total, "num_near": sum(map(count_near, best, found))}
+    if not any(len(detections.above(CONFIDENT).scores) for detections in expected):
+        return f"no detection of score {CONFIDENT}"
+    parity = measure_parity(expected, found, threshold=CONFIDENT)
+    return {**asdict(parity), "passed": parity.passed}
+
+
+def count_near(expected: Detections, found: Detections) -> int:
+    """How many of an image's expected detections have one of the same label with all edges near."""
+    distance = np.abs(expected.boxes[:, None] - found.boxes[None]).max(-1)
+    near = (distance <= LARGEST_MOVE) & (expected.labels[:, None] == found.labels[None])
+    return int(near.any(1).sum())
+
+
+def read_ap(specs: Sequence[str], names: Sequence[str]) -> dict[str, float]:
+    """AP by the names of rows, from ``NAME=AP`` and from an ablation's JSON, whose variants are the names.
+
+    Raises:
+        ValueError: no number, or no row of that name.
+    """
+    found: dict[str, float] = {}
+    for spec in specs:
+        if Path(spec).is_file():
+            summary = json.loads(Path(spec).read_text())["summary"]
+            seeds = {name: summary[name]["metrics"]["AP"].values() for name in names if name in summary}
+            given = {name: fmean(values) for name, values in seeds.items()}
+        else:
+            name, _, value = spec.rpartition("=")
+            try:
+                given = {name: float(value)} if name in names else {}
+            except ValueError as error:
+                raise ValueError(f"{spec!r} is neither NAME=AP nor a file") from error
+        if not given:
+            raise ValueError(f"{spec} gives the AP of none of the rows: {', '.join(names)}")
+        found |= given
+    return found
+
+
+def _gpu(probe: GPUProbe) -> Mapping[str, Any]:
+    summary = describe_readings(probe.readings) if probe.readings else f"clocks not known: {probe.failure}"
+    return {"summary": summary, "readings": [asdict(reading) for reading in probe.readings]}
+
+
+def write_report(result: Result, output: Path, console: Console) -> None:
+    """Write table, figures and plots to `output`, and print the table."""
+    from dfine_plugin.benchmarks.plots import plot_ap_over_latency, plot_runs
+
+    table = latency_markdown(result)
+    write_json(output / "latency.json", result)
+    (output / "latency.md").write_text(table)
+    plot_runs(result, output / "latency.png")
+    written = ["latency.json", "latency.md", "latency.png"]
+    if any(row["AP"] is not None for row in result["rows"]):
+        plot_ap_over_latency(result, output / "ap_over_latency.png")
+        written.append("ap_over_latency.png")
+    console.print(table, markup=False, soft_wrap=True)
+    console.print(f"written to {output}: {', '.join(written)}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
