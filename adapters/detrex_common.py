@@ -7,10 +7,11 @@ very one that the host adds. The decoder's answer is detached, as refined refere
 reference with a gradient, whose gradient it cancels; so nothing leaks where a host looks forward twice.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import MethodType, SimpleNamespace
+from functools import partial
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
@@ -371,8 +372,9 @@ class DetrexDetector(nn.Module):
     def __init__(self, model: Host) -> None:
         super().__init__()
         self.model: Any = common.sharing_copy(model)
-        self.model.preprocess_image = MethodType(_take_images, self.model)
-        self.model.inference = MethodType(_put_predictions, self.model)
+        # no bound methods: torch would name the model's modules by way of them
+        self.model.preprocess_image = partial(_take_images, self.model.normalizer)
+        self.model.inference = _put_predictions
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         exchange = [images]
@@ -381,12 +383,12 @@ class DetrexDetector(nn.Module):
         return logits, boxes
 
 
-def _take_images(model: Host, exchange: list[Tensor]) -> SimpleNamespace:
+def _take_images(normalise: Callable[[Tensor], Tensor], exchange: list[Tensor]) -> SimpleNamespace:
     # hosts hand the sizes on to their selection of detections
-    return SimpleNamespace(tensor=model.normalizer(exchange[0]), image_sizes=exchange)
+    return SimpleNamespace(tensor=normalise(exchange[0]), image_sizes=exchange)
 
 
-def _put_predictions(model: Host, logits: Tensor, boxes: Tensor, exchange: list[Tensor]) -> list[Any]:
+def _put_predictions(logits: Tensor, boxes: Tensor, exchange: list[Tensor]) -> list[Any]:
     exchange += [logits, boxes]
     return []
 

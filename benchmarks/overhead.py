@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dfine_plugin import deploy, wrap_decoder
-from dfine_plugin.benchmarks.detrex_hosts import CUDA_ONLY, PixelsAndLabels, without_cuda_calls
+from dfine_plugin.benchmarks.detrex_hosts import CUDA_ONLY, without_cuda_calls
 from dfine_plugin.benchmarks.full_size_hosts import HOSTS, NUM_CLASSES
 from dfine_plugin.benchmarks.runs import write_json
 from dfine_plugin.benchmarks.timing import device_name, now

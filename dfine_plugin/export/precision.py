@@ -4,6 +4,7 @@ Newer TensorRT takes the types from the graph: it has no flag for FP16. So the g
 """
 
 import ast
+import re
 from collections.abc import Iterable
 
 import numpy as np
@@ -45,7 +46,8 @@ def to_precision(
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be fp32, {' or '.join(PRECISIONS)}, got {precision!r}")
     parts = decoder.split(".")
-    containing = {".".join(parts[:i]) for i in range(len(parts) + 1)} | {f"{decoder}.fdr"}
+    # the decoder's box heads too: in detrex they refine
+    containing = {".".join(parts[:i]) for i in range(len(parts) + 1)} | {f"{decoder}.fdr", f"{decoder}.bbox_embed"}
     _Typing(model.graph, PRECISIONS[precision], containing, tuple(keep_float32), simulate).run()
 
 
@@ -111,7 +113,7 @@ class _Typing:
         if node.op_type in _MOVES:
             moved = {value.dtype for value in filter(None, node.inputs) if value in self.from_images}
             return ir.DataType.FLOAT if ir.DataType.FLOAT in moved else self.low
-        return ir.DataType.FLOAT if module in self.containing else self.low
+        return ir.DataType.FLOAT if re.sub(r"\.\d+$", "", module) in self.containing else self.low
 
     def _type(self, node: ir.Node, precision: ir.DataType) -> None:
         for i, value in enumerate(node.inputs):

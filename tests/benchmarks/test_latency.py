@@ -213,7 +213,7 @@ def test_where_there_is_no_parity_it_says_why() -> None:
     apart = latency.measure_row(Still(certain, place=0.75), subject, found["certain"])
     assert parity_cell(apart) == "**failed**: p99 8 px, max 8 px, 0 of 1 lost"
     fresh = latency.measure_row(Still(unsure), replace(subject, fresh=True), found["unsure"])
-    assert parity_cell(fresh) == "1 of 1 within 0.5 px"
+    assert parity_cell(fresh) == "2 of 2 within 0.5 px"
 
 
 def test_models_come_back_as_they_were_saved(tmp_path: Path) -> None:
