@@ -9,3 +9,5 @@ def main() -> None:
         app()
     except ModuleNotFoundError as error:
         raise SystemExit(f"dfine-plugin: {error}; pip install 'dfine-plugin[export]'") from error
+    except ImportError as error:
+        raise SystemExit(f"dfine-plugin: {error}") from error

@@ -68,7 +68,7 @@ def export(
     from .adapters.transformers_preprocessing import input_side
     from .export import export_onnx, find_culprit, measure_parity
     from .export.coco import CocoSplit
-    from .export.parity import LARGEST_MOVE, onnx_detections, torch_detections
+    from .export.parity import LARGEST_MOVE, NUM_DETECTIONS, onnx_detections, torch_detections
 
     detector = _load(model, wrapped=False)
     side = input_side(model, image_size)
@@ -83,7 +83,7 @@ def export(
         return
 
     pixels = [_pixels(path, model, side) for path in paths]
-    expected = torch_detections(detector, pixels)
+    expected = torch_detections(detector, pixels, min(detections or NUM_DETECTIONS, NUM_DETECTIONS))
     with TemporaryDirectory() as folder:
         compared = output
         if precision is Precision.bf16:

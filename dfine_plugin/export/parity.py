@@ -73,15 +73,17 @@ class Parity:
         )
 
 
-def torch_detections(model: nn.Module, images: Iterable[Tensor]) -> list[Detections]:
-    """What a model, wrapped or bare, detects on images ``(3, H, W)``, run as it is, deployed or not."""
+def torch_detections(
+    model: nn.Module, images: Iterable[Tensor], num_detections: int = NUM_DETECTIONS
+) -> list[Detections]:
+    """The best so many detections of a model, wrapped or bare, deployed or not, on images ``(3, H, W)``."""
     detector = find_adapter(model).detector(model)
     device = next(model.parameters()).device
     found = []
     with torch.no_grad():
         for image in images:
             logits, boxes = detector(image[None].to(device))
-            found.append(best_detections(logits[0].cpu(), boxes[0].cpu(), image))
+            found.append(best_detections(logits[0].cpu(), boxes[0].cpu(), image, num_detections))
     return found
 
 
@@ -108,15 +110,15 @@ def onnx_detections(
     return found
 
 
-def best_detections(logits: Tensor, boxes: Tensor, image: Tensor) -> Detections:
-    """The best :data:`NUM_DETECTIONS` of an image.
+def best_detections(logits: Tensor, boxes: Tensor, image: Tensor, num_detections: int = NUM_DETECTIONS) -> Detections:
+    """The best so many detections of an image.
 
     Args:
         logits: ``(Q, classes)``.
         boxes: ``(Q, 4)`` cxcywh in image sides.
         image: ``(3, H, W)``, whose pixels the result is in.
     """
-    count = min(NUM_DETECTIONS, logits.numel())
+    count = min(num_detections, logits.numel())
     size = torch.tensor([image.shape[-2:]])
     selected = select_detections(logits[None].float(), boxes[None].float(), size, count)
     return Detections(*(values[0].numpy() for values in selected))
