@@ -22,6 +22,7 @@ configs = st.builds(
     a=scales,
     c=scales,
     temperature=st.floats(0.1, 20.0),
+    residual_scale=st.floats(0.1, 20.0),
     fgl_weight=st.floats(0.0, 5.0),
     ddf_weight=st.floats(0.0, 5.0),
     union=st.booleans(),
@@ -41,6 +42,7 @@ def test_defaults_are_the_papers() -> None:
     config = FDRConfig()
     assert (config.num_bins, config.a, config.c) == (32, 0.5, 0.25)
     assert (config.temperature, config.fgl_weight, config.ddf_weight) == (5.0, 0.15, 1.5)
+    assert config.residual_scale == 1.0
     assert (config.union, config.ddf, config.weighting, config.box_refinement) == (True, True, "nonuniform", False)
     assert isinstance(config.lqe, bool)
 
@@ -61,8 +63,12 @@ def test_frozen() -> None:
         ("num_bins", 31, "even"),
         ("num_bins", 5, "even"),
         *[("num_bins", value, "4") for value in (2, 0, -4)],
-        *[(field, value, POSITIVE) for field in ("a", "c", "temperature") for value in (0.0, -1.0)],
-        *[(field, float(value), FINITE) for field in ("a", "c", "temperature") for value in ("inf", "nan")],
+        *[(field, value, POSITIVE) for field in ("a", "c", "temperature", "residual_scale") for value in (0.0, -1.0)],
+        *[
+            (field, float(value), FINITE)
+            for field in ("a", "c", "temperature", "residual_scale")
+            for value in ("inf", "nan")
+        ],
         *[(field, value, NOT_NEGATIVE) for field in ("fgl_weight", "ddf_weight") for value in (-0.1, float("-inf"))],
         ("weighting", "gaussian", "nonuniform"),
         ("weighting", "", "uniform"),

@@ -114,6 +114,32 @@ def test_recursion_gradients() -> None:
         torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-5)
 
 
+def test_a_residual_scale_is_larger_weights_and_deploy_makes_it_so() -> None:
+    scale = 8.0
+    head, plain = make_head(residual_scale=scale), make_head()
+    boxes = random_boxes(5, IMAGES, QUERIES).float()
+    with torch.no_grad():
+        for mlp in plain.refine:
+            for parameter in mlp[-1].parameters():
+                parameter.mul_(scale)
+    scaled, wanted = run(head, hidden_states(), boxes), run(plain, hidden_states(), boxes)
+    for one, other in zip(scaled, wanted, strict=True):
+        torch.testing.assert_close(one.corner_logits, other.corner_logits)
+        torch.testing.assert_close(one.boxes, other.boxes)
+    # the gradient of a last layer's weights is that of the larger weights, times the scale
+    for states in (scaled, wanted):
+        sum((state.corner_logits**2).sum() for state in states).backward()
+    for mlp, other in zip(head.refine, plain.refine, strict=True):
+        torch.testing.assert_close(mlp[-1].weight.grad, scale * other[-1].weight.grad)
+        torch.testing.assert_close(mlp[0].weight.grad, other[0].weight.grad)
+
+    head.deploy()
+    for mlp, other in zip(head.refine, plain.refine, strict=True):
+        torch.testing.assert_close(mlp[-1].weight, other[-1].weight)
+    for one, other in zip(run(head, hidden_states(), boxes), wanted, strict=True):
+        torch.testing.assert_close(one.boxes, other.boxes)
+
+
 def test_no_gradient_through_the_previous_hidden_states() -> None:
     """With MLP 1 dead, h_1 enters layer 2 only behind the stop: it moves the logits, but gets no gradient."""
     head, boxes = make_head(), random_boxes(0, IMAGES, QUERIES).float()
