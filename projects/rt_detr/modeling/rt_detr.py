@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from detectron2.modeling import detector_postprocess
 from detectron2.structures import Boxes, ImageList, Instances
 from omegaconf import OmegaConf
@@ -139,4 +140,4 @@ class RTDETR(nn.Module):
 def _sides(pixels: Tensor) -> Tensor:
     """Width and height of a batch, twice: what relative corners are multiplied by."""
     height, width = pixels.shape[-2:]
-    return pixels.new_tensor([width, height, width, height])
+    return torch.tensor([width, height, width, height], dtype=torch.float32, device=pixels.device)
