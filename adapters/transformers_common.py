@@ -12,7 +12,7 @@ import torch
 import transformers
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForObjectDetection
+from transformers import AutoConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from dfine_plugin.config import FDRConfig
@@ -216,17 +216,6 @@ def load_pretrained(path: str | Path, **kwargs: Any) -> Host:
         raise ValueError(f"{folder} lacks weights of the wrapped model: {', '.join(sorted(lost))}")
     model.model.decoder.fdr.load_state_dict(_read_fdr_weights(folder))
     return model.eval()
-
-
-def load_detector(path: str | Path, **kwargs: Any) -> Host:
-    """:func:`load_pretrained` where the folder holds a wrapped model, else the bare host in it.
-
-    Raises:
-        ValueError: as :func:`load_pretrained`; or the folder holds no detector.
-    """
-    if hasattr(AutoConfig.from_pretrained(path), SETTINGS):
-        return load_pretrained(path, **kwargs)
-    return AutoModelForObjectDetection.from_pretrained(path, **kwargs).eval()
 
 
 def _read_fdr_weights(folder: Path) -> dict[str, Tensor]:

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoConfig
+from torchvision.transforms.functional import to_pil_image
 
-from dfine_plugin.adapters.transformers_common import SETTINGS, load_pretrained
-from dfine_plugin.adapters.transformers_preprocessing import preprocess
 from dfine_plugin.benchmarks.full_size_hosts import HOSTS, settled_pair
 from dfine_plugin.benchmarks.runners import TORCH_BACKENDS, Engine, OnnxRuntime, Runner
 from dfine_plugin.benchmarks.shapes import make_shapes
+from dfine_plugin.checkpoints import open_checkpoint
 from dfine_plugin.export import build_engine, export_onnx
 from dfine_plugin.export.engine import BACKENDS as ENGINE_BACKENDS
 from dfine_plugin.export.engine import check_precision
@@ -102,7 +99,7 @@ def find_subjects(
 
     Args:
         hosts: names of full-size hosts; each gives two subjects with fresh weights, the host and its wrapped twin.
-        models: ``[NAME=]FOLDER`` of what ``save_pretrained`` of a wrapped or bare transformers model wrote.
+        models: ``[NAME=]PATH`` of checkpoints (:func:`~dfine_plugin.checkpoints.open_checkpoint`), wrapped or bare.
         graphs: ``[NAME=]FILE``, ONNX; under a model's name it is that model's graph.
         engines: ``[NAME=]FILE``, likewise.
         image_size: S.
@@ -112,8 +109,10 @@ def find_subjects(
         ValueError: an unknown host, a path without a model, a graph or an image, a name given twice.
         UnsupportedModelError: no adapter knows the model.
     """
-    scenes = make_shapes(NUM_SCENES, image_size, seed=0).images.float()
+    drawn = make_shapes(NUM_SCENES, image_size, seed=0).images
+    scenes = drawn.float()
     scaled = scenes / 127.5 - 1
+    pictures = [to_pil_image(scene) for scene in drawn] if photos is None else _open_all(photos)
     subjects: dict[str, Subject] = {}
 
     def add(subject: Subject) -> None:
@@ -124,14 +123,17 @@ def find_subjects(
     for host in hosts:
         if host not in HOSTS:
             raise ValueError(f"{host!r} is not one of {', '.join(HOSTS)}")
-        images = scenes if host.startswith("detrex/") else scaled  # detrex's hosts normalise themselves
-        bare, wrapped = settled_pair(host, images)
-        add(Subject(host, list(images), bare, fresh=True))
-        add(Subject(f"{host} wrapped", list(images), wrapped, fresh=True))
+        batch = scenes if host.startswith("detrex/") else scaled  # detrex's hosts normalise themselves
+        bare, wrapped = settled_pair(host, batch)
+        add(Subject(host, list(batch), bare, fresh=True))
+        add(Subject(f"{host} wrapped", list(batch), wrapped, fresh=True))
     for spec in models:
         name, folder = _name_and_path(spec)
-        images_of = _photos(photos, folder, image_size) if photos else list(scaled)
-        add(Subject(name, images_of, load_model(folder)))
+        checkpoint = open_checkpoint(folder)
+        model = checkpoint.load()
+        find_adapter(model)
+        images = [checkpoint.preprocess(picture, (image_size, image_size))[0] for picture in pictures]
+        add(Subject(name, images, model))
     for kind, specs in (("graph", graphs), ("engine", engines)):
         for spec in specs:
             name, file = _name_and_path(spec)
@@ -145,25 +147,6 @@ def find_subjects(
     return list(subjects.values())
 
 
-def load_model(folder: Path) -> nn.Module:
-    """What ``save_pretrained`` of a transformers model, wrapped or bare, wrote: in float32 and evaluation mode.
-
-    Raises:
-        ValueError: the folder holds no model.
-        UnsupportedModelError: no adapter knows the model.
-    """
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} holds no model: there is no config.json in it")
-    config = AutoConfig.from_pretrained(folder)
-    load: Callable[..., nn.Module] = load_pretrained
-    if not hasattr(config, SETTINGS):
-        load = getattr(transformers, config.architectures[0]).from_pretrained
-    transformers.utils.logging.disable_progress_bar()
-    model = load(folder, dtype=torch.float32).eval()
-    find_adapter(model)
-    return model
-
-
 def _name_and_path(spec: str) -> tuple[str, Path]:
     name, _, path = spec.rpartition("=")
     if Path(spec).exists() or not name:  # a folder's own name may have an equals sign
@@ -171,12 +154,12 @@ def _name_and_path(spec: str) -> tuple[str, Path]:
     return name, Path(path)
 
 
-def _photos(photos: Path, model: Path, image_size: int) -> list[Tensor]:
-    files = sorted(file for file in photos.glob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+def _open_all(folder: Path) -> list[Image.Image]:
+    files = sorted(file for file in folder.glob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
     if not files:
-        raise ValueError(f"{photos} holds no images ({', '.join(IMAGE_SUFFIXES)})")
-    images = []
+        raise ValueError(f"{folder} holds no images ({', '.join(IMAGE_SUFFIXES)})")
+    pictures = []
     for file in files:
         with Image.open(file) as picture:
-            images.append(preprocess(picture, model, image_size)[0])
-    return images
+            pictures.append(picture.convert("RGB"))
+    return pictures

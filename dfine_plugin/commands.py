@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from .errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from .checkpoints import Checkpoint
 
 app = typer.Typer(help="Export, build and look at wrapped DETRs.", no_args_is_help=True, add_completion=False)
 
@@ -38,15 +44,34 @@ class Backend(str, Enum):
     tensorrt = "tensorrt"
 
 
+def _parse_size(text: str) -> tuple[int, int]:
+    """Height and width from ``640`` or ``480x640``."""
+    found = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    size = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+    if min(size) < LEAST_SIDE:
+        raise typer.BadParameter(f"{text!r} is no side, or HEIGHTxWIDTH, of at least {LEAST_SIDE} pixels")
+    return size
+
+
+LEAST_SIDE = 32
+ModelOption = Annotated[
+    Path, typer.Option(help="folder that save_pretrained (transformers) or detrex's trainer wrote, or its .pth file")
+]
+SizeOption = Annotated[
+    Any,
+    typer.Option(
+        parser=_parse_size,
+        metavar="SIDE|HEIGHTxWIDTH",
+        help="pixels of the model's input; default: what the checkpoint makes of a square image",
+    ),
+]
+
+
 @app.command()
 def export(
-    model: Annotated[
-        Path, typer.Option(help="folder that save_pretrained of a transformers model, wrapped or not, wrote")
-    ],
+    model: ModelOption,
     output: Annotated[Path, typer.Option(help="the graph to write")] = Path("model.onnx"),
-    image_size: Annotated[
-        int | None, typer.Option(min=32, help="side of the model's input; default: the checkpoint's own, or 640")
-    ] = None,
+    image_size: SizeOption = None,
     precision: Annotated[Precision, typer.Option(help="what the graph computes in")] = Precision.fp32,
     batch_size: Annotated[int, typer.Option(min=1, help="images at a time")] = 1,
     dynamic_batch: Annotated[bool, typer.Option("--dynamic-batch", help="any number of images at a time")] = False,
@@ -65,24 +90,24 @@ def export(
     """Write a model as ONNX, and compare its detections with torch's on images; exits with 3 where they differ."""
     from tempfile import TemporaryDirectory
 
-    from .adapters.transformers_preprocessing import input_side
+    from .checkpoints import input_size
     from .export import export_onnx, find_culprit, measure_parity
     from .export.coco import CocoSplit
     from .export.parity import LARGEST_MOVE, NUM_DETECTIONS, onnx_detections, torch_detections
 
-    detector = _load(model, wrapped=False)
-    side = input_side(model, image_size)
-    size = side, side
+    checkpoint, detector = _load(model)
+    height, width = size = image_size or input_size(checkpoint)
     split = CocoSplit.read(data) if data else None
     paths = split.image_paths() if split else _image_files(images) if images else []
     batch = None if dynamic_batch else batch_size
     export_onnx(detector, output, size, batch, precision.value, detections)
-    typer.echo(f"{output}: {precision.value}, {'any number of' if batch is None else batch} images of {side} x {side}")
+    count = "any number of" if batch is None else batch
+    typer.echo(f"{checkpoint} -> {output}: {precision.value}, {count} images of {height} x {width}")
     if not paths:
         typer.echo("not compared with torch: give --images or --data")
         return
 
-    pixels = [_pixels(path, model, side) for path in paths]
+    pixels = [checkpoint.preprocess(_picture(path), size)[0] for path in paths]
     expected = torch_detections(detector, pixels, min(detections or NUM_DETECTIONS, NUM_DETECTIONS))
     with TemporaryDirectory() as folder:
         compared = output
@@ -132,11 +157,9 @@ def build_engine(
 
 @app.command()
 def show(
-    model: Annotated[Path, typer.Option(help="folder that save_pretrained of a wrapped transformers model wrote")],
+    model: ModelOption,
     image: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="the image")],
-    image_size: Annotated[
-        int | None, typer.Option(min=32, help="side of the model's input; default: the checkpoint's own, or 640")
-    ] = None,
+    image_size: SizeOption = None,
     threshold: Annotated[float, typer.Option(min=0, max=1, help="least score of a detection")] = 0.5,
     top: Annotated[int, typer.Option(min=1, help="how many detections, the best first, to show in detail")] = 3,
     layers: Annotated[Layers, typer.Option(help="decoder layers to show")] = Layers.last,
@@ -145,14 +168,17 @@ def show(
     """Draw detections with the distribution of each edge, before and after W, and its standard deviation."""
     import numpy as np
 
-    from .adapters.transformers_preprocessing import preprocess
+    from .errors import WrapStateError
     from .show import draw_detections, read_detections
     from .wrapping import predict_distributions
 
-    detector = _load(model, wrapped=True)
+    checkpoint, detector = _load(model)
     picture = _picture(image)
-    outputs, record = predict_distributions(detector, preprocess(picture, model, image_size))
-    found = read_detections(outputs.logits, record, detector.config.id2label, picture.size)
+    try:
+        logits, _, record = predict_distributions(detector, checkpoint.preprocess(picture, image_size))
+    except WrapStateError as error:
+        raise typer.BadParameter(str(error), param_hint="--model") from error
+    found = read_detections(logits, record, checkpoint.class_names(), picture.size)
     detections = [detection for detection in found if detection.score >= threshold]
     if not detections:
         typer.echo(f"no detection reaches a score of {threshold}; the best has {found[0].score:.3f}", err=True)
@@ -163,20 +189,18 @@ def show(
     typer.echo(f"{len(detections)} of score {threshold} or above, {min(top, len(detections))} in detail: {output}")
 
 
-def _load(folder: Path, wrapped: bool) -> Any:
-    """The model in a folder, in float32; a bare one, too, unless it has to be wrapped."""
-    import torch
-    import transformers
+def _load(path: Path) -> tuple[Checkpoint, Any]:
+    """The checkpoint at a path, and its model."""
+    from .checkpoints import open_checkpoint
+    from .registry import find_adapter
 
-    from .adapters.transformers_common import load_detector, load_pretrained
-
-    if not (folder / "config.json").is_file():
-        raise typer.BadParameter(f"{folder} holds no model: there is no config.json in it", param_hint="--model")
-    transformers.utils.logging.disable_progress_bar()
     try:
-        return (load_pretrained if wrapped else load_detector)(folder, dtype=torch.float32)
-    except (ValueError, OSError) as error:
+        checkpoint = open_checkpoint(path)
+        model = checkpoint.load()
+        find_adapter(model)
+    except (ValueError, UnsupportedModelError) as error:
         raise typer.BadParameter(str(error), param_hint="--model") from error
+    return checkpoint, model
 
 
 def _picture(path: Path) -> Any:
@@ -187,12 +211,6 @@ def _picture(path: Path) -> Any:
             return file.convert("RGB")
     except OSError as error:
         raise typer.BadParameter(str(error), param_hint="--image") from error
-
-
-def _pixels(path: Path, model: Path, side: int) -> Any:
-    from .adapters.transformers_preprocessing import preprocess
-
-    return preprocess(_picture(path), model, side)[0]
 
 
 def _image_files(folder: Path) -> list[Path]:

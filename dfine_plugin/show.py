@@ -54,7 +54,7 @@ def read_detections(
     Args:
         logits: ``(1, Q, classes)``, the last layer's, as sigmoids take them.
         record: of the same forward.
-        names: from class to name.
+        names: from class to name; a class without one goes by its number.
         image_size: width and height in pixels.
     """
     scores, classes = logits[0].float().sigmoid().max(-1)
@@ -64,7 +64,7 @@ def read_detections(
     ]
     return [
         Detection(
-            name=names[int(classes[query])],
+            name=names.get(int(classes[query]), f"class {int(classes[query])}"),
             score=float(scores[query]),
             layers=[layer.of(query) for layer in layers],
         )

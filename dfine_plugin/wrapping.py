@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .config import FDRConfig
@@ -118,16 +118,16 @@ def deploy(model: Model) -> Model:
 
 
 @torch.no_grad()
-def predict_distributions(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, FDRRecord]:
+def predict_distributions(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor, FDRRecord]:
     """What a wrapped model predicts, and the distributions that its boxes come from.
 
     Args:
         model: in evaluation mode.
-        args, kwargs: what its forward takes for inference.
+        images: ``(B, 3, H, W)``, as the host takes them (:meth:`~dfine_plugin.registry.Adapter.detector`).
 
     Returns:
-        The host's outputs, and the record of that forward: initial boxes, every layer's logits and boxes. Nothing of
-        it stays with the model.
+        Class logits ``(B, Q, classes)``, boxes ``(B, Q, 4)`` cxcywh in image sides, and the record of that forward:
+        initial boxes, every layer's logits and boxes. Nothing of it stays with the model.
 
     Raises:
         WrapStateError: if the model is not wrapped, has been deployed, or is in training mode.
@@ -143,10 +143,10 @@ def predict_distributions(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[
     # before all other hooks of the forward's end, of which the model's own closes the scope
     hook = model.register_forward_hook(lambda *_: records.append(current_record()), prepend=True)
     try:
-        outputs = model(*args, **kwargs)
+        logits, boxes = binding.adapter.detector(model)(images)
     finally:
         hook.remove()
-    return outputs, records[0]
+    return logits, boxes, records[0]
 
 
 def _begin_forward(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

@@ -55,6 +55,9 @@ class DetrexHost(Host):
         instances = [result["instances"] for result in model(batched_inputs(images))]
         return torch.stack([i.scores for i in instances]), torch.stack([i.pred_boxes.tensor for i in instances])
 
+    def pixels(self, images: Tensor) -> Tensor:
+        return images * 255
+
     def without_auxiliary_losses(self, model: nn.Module) -> None:
         model.aux_loss = False
 

@@ -39,6 +39,10 @@ class Host(ABC):
     def predict(self, model: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
         """All that the host predicts, in evaluation mode."""
 
+    def pixels(self, images: Tensor) -> Tensor:
+        """Images of values from 0 to 1 as the adapter's detector takes them."""
+        return images
+
     @abstractmethod
     def without_auxiliary_losses(self, model: nn.Module) -> None:
         """Tell the host to supervise its last layer only."""

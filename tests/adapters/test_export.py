@@ -23,10 +23,6 @@ from .hosts import IMAGE_SIZE, NUM_LAYERS, Host, assert_equal, build, images, wr
 SIZE = IMAGE_SIZE, IMAGE_SIZE
 
 
-def pixels(host: Host, batch: int = 2) -> Tensor:
-    return images(batch) * (255 if host.name.startswith("detrex") else 1)
-
-
 @torch.no_grad()
 def expected(model: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor]:
     return find_adapter(model).detector(model)(inputs)
@@ -41,7 +37,7 @@ def test_a_deployed_model_compiles_without_graph_breaks(host: Host) -> None:
     if "detrex-dn" in host.name:
         pytest.skip("the bare host cannot: it branches on a tensor to look for denoising queries")
     model = deploy(wrapped(host)).requires_grad_(False)
-    inputs = pixels(host)
+    inputs = host.pixels(images(2))
     torch._dynamo.reset()
     compiled = torch.compile(find_adapter(model).detector(model), fullgraph=True, backend="eager")
     with torch.no_grad(), static_sizes():
@@ -56,7 +52,7 @@ def test_onnx_gives_what_torch_gives_for_any_batch(host: Host, tmp_path: Path) -
     path = export_onnx(model, tmp_path / "model.onnx", SIZE, batch_size=None)
     onnx.checker.check_model(str(path), full_check=True)
     for batch in (1, 3):
-        inputs = pixels(host, batch)
+        inputs = host.pixels(images(batch))
         for found, wanted in zip(run(path, inputs), expected(model, inputs), strict=True):
             np.testing.assert_allclose(found, wanted.numpy(), atol=2e-5, rtol=1e-4)
     binding = binding_of(model)
@@ -80,7 +76,7 @@ def test_a_graph_in_half_precision_says_so_and_keeps_boxes(host: Host, tmp_path:
     assert {node.outputs[0].dtype for node in own} == {ir.DataType.FLOAT}
     if "two-stage" in host.name or "dino" in host.name or "rt-detr" in host.name or "h-deformable" in host.name:
         return  # random proposals are all but equal: rounding decides which of them become queries
-    inputs = pixels(host, 1)
+    inputs = host.pixels(images(1))
     (logits, boxes), (wanted_logits, wanted_boxes) = run(path, inputs), expected(model, inputs)
     assert np.abs(logits - wanted_logits.numpy()).max() < 0.03
     assert np.abs(boxes - wanted_boxes.numpy()).max() * IMAGE_SIZE < 0.5
@@ -91,7 +87,7 @@ def test_a_bare_host_exports_too(host: Host, tmp_path: Path) -> None:
     if "plain" not in host.name and host.name not in ("rt-detr", "detrex-dino"):
         pytest.skip("one host of a kind will do")
     model = build(host)
-    inputs = pixels(host, 1)
+    inputs = host.pixels(images(1))
     path = export_onnx(model, tmp_path / "model.onnx", SIZE)
     for found, wanted in zip(run(path, inputs), expected(model, inputs), strict=True):
         np.testing.assert_allclose(found, wanted.numpy(), atol=2e-5, rtol=1e-4)

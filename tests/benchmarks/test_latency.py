@@ -19,10 +19,10 @@ from dfine_plugin.benchmarks.latency_report import PUBLISHED_T4, latency_markdow
 from dfine_plugin.benchmarks.machine import describe_readings, parse_reading
 from dfine_plugin.benchmarks.runners import BACKENDS, CPU_BACKENDS, TORCH_BACKENDS, Runner, check_backend
 from dfine_plugin.benchmarks.runs import Result
-from dfine_plugin.benchmarks.subjects import Subject, find_subjects, load_model
+from dfine_plugin.benchmarks.subjects import Subject, find_subjects
 from dfine_plugin.export.parity import Detections
 
-from ..adapters.hosts import IMAGE_SIZE, assert_equal, build, wrapped
+from ..adapters.hosts import IMAGE_SIZE, wrapped
 from ..adapters.transformers_hosts import HOSTS as SMALL_HOSTS
 
 RT_DETR = SMALL_HOSTS[0]
@@ -214,13 +214,6 @@ def test_where_there_is_no_parity_it_says_why() -> None:
     assert parity_cell(apart) == "**failed**: p99 8 px, max 8 px, 0 of 1 lost"
     fresh = latency.measure_row(Still(unsure), replace(subject, fresh=True), found["unsure"])
     assert parity_cell(fresh) == "2 of 2 within 0.5 px"
-
-
-def test_models_come_back_as_they_were_saved(tmp_path: Path) -> None:
-    models = {"bare": build(RT_DETR), "wrapped": wrapped(RT_DETR)}
-    for name, model in models.items():
-        model.save_pretrained(tmp_path / name)
-        assert_equal(RT_DETR, load_model(tmp_path / name), model)
 
 
 def test_the_command_on_a_small_model(tmp_path: Path) -> None:

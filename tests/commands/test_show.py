@@ -7,10 +7,8 @@ import pytest
 import torch
 from matplotlib.patches import Rectangle
 from PIL import Image
-from transformers import RTDetrImageProcessor
 from typer.testing import CliRunner
 
-from dfine_plugin.adapters.transformers_preprocessing import preprocess
 from dfine_plugin.commands import app
 from dfine_plugin.show import draw_detections, read_detections
 from dfine_plugin.wrapping import predict_distributions
@@ -56,8 +54,12 @@ def test_what_cannot_be_shown_is_said(picture: Path, tmp_path: Path) -> None:
     no_image = tmp_path / "image.txt"
     no_image.write_text("text")
     for arguments, code, text in [
-        (("--model", tmp_path, "--image", picture), 2, "there is no config.json in it"),
-        (("--model", tmp_path / "bare", "--image", picture), 2, "holds no wrapped model"),
+        (
+            ("--model", tmp_path, "--image", picture),
+            2,
+            "there is neither a config.json (transformers) nor",
+        ),
+        (("--model", tmp_path / "bare", "--image", picture), 2, "is not wrapped: its boxes come from no distributions"),
         (("--model", tmp_path / "model", "--image", no_image), 2, "cannot identify image file"),
         (("--model", tmp_path / "model", "--image", tmp_path / "no.png"), 2, "does not exist"),
         (("--model", tmp_path / "model", "--image", picture, "--threshold", 1), 1, "no detection reaches a score of 1"),
@@ -69,13 +71,14 @@ def test_what_cannot_be_shown_is_said(picture: Path, tmp_path: Path) -> None:
 
 
 def test_detections_are_the_models_own_best_first() -> None:
-    outputs, record = predict_distributions(wrapped(ROWS["rt-detr"]), images(1))
+    logits, boxes, record = predict_distributions(wrapped(ROWS["rt-detr"]), images(1))
     expected = []
-    for scores, box in zip(outputs.logits[0].sigmoid().tolist(), outputs.pred_boxes[0].tolist(), strict=True):
+    for scores, box in zip(logits[0].sigmoid().tolist(), boxes[0].tolist(), strict=True):
         cx, cy, w, h = (side * length for side, length in zip(box, SIZE * 2, strict=True))
         edges = [cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2]
-        expected.append((max(scores), "abc"[scores.index(max(scores))], edges))
-    found = read_detections(outputs.logits, record, dict(enumerate("abc")), SIZE)
+        expected.append((max(scores), ("a", "b", "class 2")[scores.index(max(scores))], edges))
+    found = read_detections(logits, record, {0: "a", 1: "b"}, SIZE)
+    assert "class 2" in {detection.name for detection in found}
     for detection, (score, name, edges) in zip(found, sorted(expected, reverse=True), strict=True):
         assert detection.name == name
         torch.testing.assert_close(detection.score, score)
@@ -83,8 +86,8 @@ def test_detections_are_the_models_own_best_first() -> None:
 
 
 def test_the_picture_shows_the_numbers() -> None:
-    outputs, record = predict_distributions(wrapped(ROWS["rt-detr"]), images(1))
-    found = read_detections(outputs.logits, record, dict(enumerate("abc")), SIZE)
+    logits, _, record = predict_distributions(wrapped(ROWS["rt-detr"]), images(1))
+    found = read_detections(logits, record, dict(enumerate("abc")), SIZE)
     figure = draw_detections(np.zeros((SIZE[1], SIZE[0], 3), np.uint8), found, detailed=2, all_layers=True)
     whole, *parts = figure.axes
     assert len(parts) == 2 * NUM_LAYERS * (1 + 2 * 4)
@@ -111,20 +114,3 @@ def test_the_picture_shows_the_numbers() -> None:
         x, y = after.lines[-1].get_data()
         torch.testing.assert_close(x.tolist(), layer.offsets[edge].tolist())
         torch.testing.assert_close(y.tolist(), layer.probabilities[edge].tolist())
-
-
-def test_preprocessing_is_what_the_checkpoint_says(picture: Path, tmp_path: Path) -> None:
-    image = Image.open(picture)
-    plain = preprocess(image, tmp_path, image_size=64)
-    assert plain.shape == (1, 3, 64, 64)
-    assert preprocess(image, tmp_path).shape == (1, 3, 640, 640)
-    assert plain.min() >= 0
-    assert 0.5 < plain.max() <= 1
-    whole = preprocess(image.resize((64, 64)), tmp_path, image_size=64)
-    assert torch.equal(whole[0].permute(1, 2, 0), torch.from_numpy(np.array(image.resize((64, 64)))) / 255)
-
-    statistics = {"do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.25] * 3}
-    RTDetrImageProcessor(size={"height": 32, "width": 48}, **statistics).save_pretrained(tmp_path)
-    assert preprocess(image, tmp_path).shape == (1, 3, 32, 48)
-    normalised = preprocess(image, tmp_path, image_size=64)
-    torch.testing.assert_close(normalised, (plain - 0.5) / 0.25, atol=0.05, rtol=0)

@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 
+from dfine_plugin.checkpoints import open_checkpoint
+from dfine_plugin.wrapping import binding_of
+
 ROOT = Path(__file__).parents[2]
 HOSTS = [
     "deformable_detr",
@@ -87,6 +90,8 @@ def test_a_debug_config_trains_evaluates_and_resumes(host: str, tmp_path: Path) 
     output = train_net(config, tmp_path, "--resume", "train.max_iter=25", "train.eval_period=100", *short)
     assert "Starting training from iteration 20" in output
     assert metrics(tmp_path)[-1]["iteration"] in (24, 25)
+    model = open_checkpoint(tmp_path).load()
+    assert binding_of(model) is not None
 
 
 @pytest.mark.slow

@@ -1,0 +1,120 @@
+"""What detrex's trainer wrote, as a checkpoint."""
+
+import copy
+import pickle
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from detectron2.config import LazyConfig, instantiate
+from detectron2.data import MetadataCatalog
+from detectron2.data import transforms as T
+from detectron2.data.detection_utils import convert_PIL_to_numpy
+from detrex.modeling.ema import EMAState
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image
+from torch import Tensor
+
+from .common import Host
+
+
+class DetrexCheckpoint:
+    """A checkpoint in an output folder of detrex's trainer; see :class:`~dfine_plugin.checkpoints.Checkpoint`.
+
+    The config beside it makes the model anew, on the CPU. Where the run averaged its weights (``train.model_ema``), it
+    is those that are taken. Images go through the test data's augmentation.
+
+    Args:
+        folder: with ``config.yaml``.
+        weights: a ``.pth`` file; None for the latest in the folder.
+
+    Raises:
+        ValueError: the folder holds no checkpoint, or its config cannot be read here.
+    """
+
+    def __init__(self, folder: Path, weights: Path | None = None) -> None:
+        latest = folder / "last_checkpoint"
+        if weights is None and not latest.is_file():
+            raise ValueError(f"{folder} holds no checkpoint: there is no last_checkpoint in it")
+        self.weights = weights or folder / latest.read_text().strip()
+        if not self.weights.is_file():
+            raise ValueError(f"there is no file {self.weights}")
+        self.config = _read_config(folder)
+        self.averaged = self.config.train.get("model_ema", {}).get("enabled", False)
+        # RT-DETR of dfine_plugin.projects holds transformers' model, which takes pixels from 0 to 1
+        self.holds_detector = "detector" in self.config.model
+
+    def __str__(self) -> str:
+        return f"{self.weights.name}{', averaged weights' if self.averaged else ''}"
+
+    def load(self) -> Host:
+        """See :class:`~dfine_plugin.checkpoints.Checkpoint`."""
+        try:
+            model = instantiate(_on_cpu(self.config.model))
+        except ImportError as error:
+            raise ValueError(f"{error}: detrex's checkout must be on PYTHONPATH") from error
+        checkpoint = torch.load(self.weights, map_location="cpu")
+        try:
+            model.load_state_dict(checkpoint["model"])
+        except RuntimeError as error:
+            raise ValueError(f"{self.weights} does not fit its config: {error}") from error
+        if self.averaged:
+            if "ema_state" not in checkpoint:
+                raise ValueError(f"{self.weights} has no averaged weights, though its config says train.model_ema")
+            averages = EMAState()
+            averages.load_state_dict(checkpoint["ema_state"])
+            averages.apply_to(model)
+        detector = model.detector if self.holds_detector else model
+        return detector.float().eval()
+
+    def preprocess(self, image: Image.Image, size: tuple[int, int] | None = None) -> Tensor:
+        """See :class:`~dfine_plugin.checkpoints.Checkpoint`."""
+        mapper = self.config.dataloader.test.mapper
+        augmentation = instantiate(mapper.augmentation) if size is None else [T.Resize(size)]
+        inputs = T.AugInput(convert_PIL_to_numpy(image, mapper.img_format))
+        T.AugmentationList(augmentation)(inputs)
+        pixels = torch.from_numpy(np.ascontiguousarray(inputs.image.transpose(2, 0, 1)))[None].float()
+        return pixels / 255 if self.holds_detector else pixels
+
+    def class_names(self) -> Mapping[int, str]:
+        """See :class:`~dfine_plugin.checkpoints.Checkpoint`."""
+        names = instantiate(self.config.dataloader.test.dataset.names)
+        metadata = MetadataCatalog.get(names if isinstance(names, str) else names[0])
+        return dict(enumerate(metadata.get("thing_classes", [])))
+
+
+def _read_config(folder: Path) -> DictConfig:
+    """The config of a run. Its YAML cannot be read back where it names a function of a config file, as most of detrex's
+    do; then detectron2 has pickled it as well."""
+    path = folder / "config.yaml"
+    try:
+        return LazyConfig.load(str(path))
+    except yaml.YAMLError as error:
+        pickled = path.with_name(f"{path.name}.pkl")
+        if not pickled.is_file():
+            raise ValueError(f"{path} cannot be read: {error}") from error
+    with pickled.open("rb") as file:
+        try:
+            return pickle.load(file)
+        except ImportError as error:
+            raise ValueError(f"{pickled} cannot be read: {error}; is detrex's checkout on PYTHONPATH?") from error
+
+
+def _on_cpu(config: DictConfig) -> DictConfig:
+    """A copy of a model's config with every ``device`` in it the CPU."""
+    config = copy.deepcopy(config)
+    for part in _parts(config):
+        if "device" in part:
+            part.device = "cpu"
+    return config
+
+
+def _parts(config: Any) -> Iterator[DictConfig]:
+    if isinstance(config, DictConfig):
+        yield config
+        for name in config:
+            if not OmegaConf.is_missing(config, name):
+                yield from _parts(config[name])

@@ -1,0 +1,76 @@
+"""Trained models in folders, whatever library wrote them, with the preprocessing that they were trained with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+class Checkpoint(Protocol):
+    """A trained model, wrapped or bare, and what its library makes of an image."""
+
+    def load(self) -> nn.Module:
+        """The model, in float32, on the CPU and in evaluation mode.
+
+        Raises:
+            ValueError: the checkpoint lacks weights of the model, or its library's files cannot be read.
+        """
+
+    def preprocess(self, image: Image.Image, size: tuple[int, int] | None = None) -> Tensor:
+        """One image as the model's adapter takes it (:meth:`~dfine_plugin.registry.Adapter.detector`).
+
+        Args:
+            image: of any size and colour mode.
+            size: height and width to scale to, instead of what the checkpoint says.
+
+        Returns:
+            ``(1, 3, H, W)`` float32, without padding: boxes are in units of the whole image.
+        """
+
+    def class_names(self) -> Mapping[int, str]:
+        """From class to name, as far as the checkpoint knows them."""
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """The checkpoint in a folder.
+
+    Args:
+        path: the folder that ``save_pretrained`` of a transformers model, wrapped or bare, wrote; or the output folder
+            of detrex's trainer, whose latest checkpoint is taken; or one of the ``.pth`` files in there.
+
+    Raises:
+        ValueError: there is neither.
+        ImportError: the library that wrote it is not installed.
+    """
+    path = Path(path)
+    if (path / "config.json").is_file():
+        from .adapters.transformers_checkpoint import TransformersCheckpoint
+
+        return TransformersCheckpoint(path)
+    folder, weights = (path.parent, path) if path.suffix == ".pth" else (path, None)
+    if (folder / "config.yaml").is_file():
+        try:
+            from .adapters.detrex_checkpoint import DetrexCheckpoint
+        except ImportError as error:
+            raise ImportError(
+                f"{folder} holds a run of detrex, which needs detrex and detectron2 (see detrex's installation "
+                f"instructions): {error}"
+            ) from error
+        return DetrexCheckpoint(folder, weights)
+    raise ValueError(
+        f"{path} holds no model: there is neither a config.json (transformers) nor a config.yaml (detrex) in {folder}"
+    )
+
+
+def input_size(checkpoint: Checkpoint, side: int = 640) -> tuple[int, int]:
+    """Height and width of what a checkpoint's preprocessing makes of a square image with sides of so many pixels."""
+    from PIL import Image
+
+    height, width = checkpoint.preprocess(Image.new("RGB", (side, side))).shape[-2:]
+    return height, width
