@@ -23,15 +23,14 @@ CONFIGS = {
     "dn-detr": "dn_detr/configs/dn_detr_r50_50ep.py",
 }
 # Of these the training calls .cuda(), whatever the device.
-CUDA_ONLY = ("dino", "dn-detr")
+CALL_CUDA = ("dino", "dn-detr")
 
-NUM_QUERIES = 30
 MAX_DETECTIONS = 100
 
 
 @contextmanager
 def without_cuda_calls() -> Iterator[None]:
-    """Let `.cuda()` and `.to("cuda")` leave a tensor where it is, so that the hosts of `CUDA_ONLY` train on a CPU.
+    """Let `.cuda()` and `.to("cuda")` leave a tensor where it is, so that the hosts of `CALL_CUDA` train on a CPU.
 
     What they then compute is what a model on a GPU would; the copies that they ask for are not made. It holds for the
     whole process, and for whoever calls.
@@ -49,7 +48,7 @@ def without_cuda_calls() -> Iterator[None]:
         Tensor.cuda, Tensor.to = cuda, to  # type: ignore[method-assign]
 
 
-def build_detrex_host(name: str, class_names: list[str]) -> nn.Module:
+def build_detrex_host(name: str, class_names: list[str], num_queries: int) -> nn.Module:
     """The host of `CONFIGS` with fresh weights.
 
     Raises:
@@ -67,8 +66,8 @@ def build_detrex_host(name: str, class_names: list[str]) -> nn.Module:
             "the hosts of detrex need detrex and detectron2 (see detrex's installation instructions) and detrex's "
             f"checkout on PYTHONPATH: {error}"
         ) from error
-    shrink(config, num_classes=len(class_names), num_queries=NUM_QUERIES)
-    config.select_box_nums_for_evaluation = min(NUM_QUERIES * len(class_names), MAX_DETECTIONS)
+    shrink(config, num_classes=len(class_names), num_queries=num_queries)
+    config.select_box_nums_for_evaluation = min(num_queries * len(class_names), MAX_DETECTIONS)
     return PixelsAndLabels(instantiate(config))
 
 

@@ -1,6 +1,7 @@
 """Tiny detectors to train from scratch: real host classes with small configurations, by name.
 
-Another host is one more builder under `@host`. A builder returns a model that takes `pixel_values` (B, 3, H, W) and
+Another host is one more builder under `@host`. A builder takes class names and the number of (matched) queries, and
+returns a model that takes `pixel_values` (B, 3, H, W) and
 `labels` and returns `loss`, `loss_dict`, `logits` (B, Q, classes), `pred_boxes` (B, Q, 4); what is to be wrapped is its
 `detector`, or the model itself where it has none.
 """
@@ -15,22 +16,22 @@ from typing import Any
 
 from torch import nn
 
-from dfine_plugin.benchmarks.detrex_hosts import CONFIGS, CUDA_ONLY, build_detrex_host
+from dfine_plugin.benchmarks.detrex_hosts import CALL_CUDA, CONFIGS, build_detrex_host
 
 
 @dataclass(frozen=True)
 class Host:
-    """A builder (class names -> model) with the settings its family is trained with."""
+    """A builder (class names, number of queries -> model) with the settings its family is trained with."""
 
-    build: Callable[[list[str]], nn.Module]
+    build: Callable[[list[str], int], nn.Module]
     learning_rate: float  # where --tune-lr starts from, and what is used without it
     clip_norm: float = 0.1
-    cuda_only: bool = False
+    calls_cuda: bool = False  # in its own training code, whatever the device
 
 
 HOSTS: dict[str, Host] = {}
 
-Builder = Callable[[list[str]], nn.Module]
+Builder = Callable[[list[str], int], nn.Module]
 
 
 def host(name: str, learning_rate: float) -> Callable[[Builder], Builder]:
@@ -43,11 +44,11 @@ def host(name: str, learning_rate: float) -> Callable[[Builder], Builder]:
     return register
 
 
-def build_host(name: str, class_names: list[str]) -> nn.Module:
+def build_host(name: str, class_names: list[str], num_queries: int = 30) -> nn.Module:
     """The host `name` with fresh weights from torch's global generator, made fit for training from scratch."""
     if name not in HOSTS:
         raise ValueError(f"unknown host {name!r}; known are {', '.join(HOSTS)}")
-    model = HOSTS[name].build(class_names)
+    model = HOSTS[name].build(class_names, num_queries)
     make_trainable_from_scratch(model)
     return model
 
@@ -102,31 +103,36 @@ _RT_DETR: dict[str, Any] = {
     "decoder_ffn_dim": 128,
     "decoder_layers": 3,
     "decoder_attention_heads": 4,
-    "num_queries": 30,
     "num_denoising": 20,
     "freeze_backbone_batch_norms": False,
 }
 
 
 @host("rt-detr", learning_rate=1e-3)
-def rt_detr(class_names: list[str]) -> nn.Module:
-    """RT-DETR, 0.8 M parameters: ResNet of one basic block a stage, three decoder layers, 30 queries."""
+def rt_detr(class_names: list[str], num_queries: int) -> nn.Module:
+    """RT-DETR, 0.8 M parameters: ResNet of one basic block a stage, three decoder layers."""
     from transformers import RTDetrConfig, RTDetrForObjectDetection, RTDetrResNetConfig
 
-    config = RTDetrConfig(backbone_config=RTDetrResNetConfig(**_RESNET), **_RT_DETR, **_labels(class_names))
-    return RTDetrForObjectDetection(config)
+    backbone = RTDetrResNetConfig(**_RESNET)
+    labels = _labels(class_names)
+    return RTDetrForObjectDetection(
+        RTDetrConfig(backbone_config=backbone, num_queries=num_queries, **_RT_DETR, **labels)
+    )
 
 
 @host("rt-detr-v2", learning_rate=2e-3)
-def rt_detr_v2(class_names: list[str]) -> nn.Module:
+def rt_detr_v2(class_names: list[str], num_queries: int) -> nn.Module:
     """RT-DETRv2, the same sizes."""
     from transformers import RTDetrResNetConfig, RTDetrV2Config, RTDetrV2ForObjectDetection
 
-    config = RTDetrV2Config(backbone_config=RTDetrResNetConfig(**_RESNET), **_RT_DETR, **_labels(class_names))
-    return RTDetrV2ForObjectDetection(config)
+    backbone = RTDetrResNetConfig(**_RESNET)
+    labels = _labels(class_names)
+    return RTDetrV2ForObjectDetection(
+        RTDetrV2Config(backbone_config=backbone, num_queries=num_queries, **_RT_DETR, **labels)
+    )
 
 
-def _deformable_detr(class_names: list[str], two_stage: bool) -> nn.Module:
+def _deformable_detr(class_names: list[str], num_queries: int, two_stage: bool) -> nn.Module:
     from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection, ResNetConfig
 
     config = DeformableDetrConfig(
@@ -139,8 +145,8 @@ def _deformable_detr(class_names: list[str], two_stage: bool) -> nn.Module:
         decoder_layers=3,
         decoder_ffn_dim=128,
         decoder_attention_heads=4,
-        num_queries=30,
-        two_stage_num_proposals=30,
+        num_queries=num_queries,
+        two_stage_num_proposals=num_queries,
         two_stage=two_stage,
         with_box_refine=True,
         auxiliary_loss=True,
@@ -152,16 +158,18 @@ def _deformable_detr(class_names: list[str], two_stage: bool) -> nn.Module:
 
 
 @host("deformable-detr", learning_rate=1e-3)
-def deformable_detr(class_names: list[str]) -> nn.Module:
+def deformable_detr(class_names: list[str], num_queries: int) -> nn.Module:
     """Deformable-DETR with iterative box refinement, one stage: learned queries, no denoising."""
-    return _deformable_detr(class_names, two_stage=False)
+    return _deformable_detr(class_names, num_queries, two_stage=False)
 
 
 @host("deformable-detr-two-stage", learning_rate=1e-3)
-def deformable_detr_two_stage(class_names: list[str]) -> nn.Module:
+def deformable_detr_two_stage(class_names: list[str], num_queries: int) -> nn.Module:
     """The two-stage form, whose proposals transformers does not supervise."""
-    return _deformable_detr(class_names, two_stage=True)
+    return _deformable_detr(class_names, num_queries, two_stage=True)
 
 
 for _name in CONFIGS:
-    HOSTS[f"detrex/{_name}"] = Host(partial(build_detrex_host, _name), learning_rate=5e-4, cuda_only=_name in CUDA_ONLY)
+    HOSTS[f"detrex/{_name}"] = Host(
+        partial(build_detrex_host, _name), learning_rate=5e-4, calls_cuda=_name in CALL_CUDA
+    )

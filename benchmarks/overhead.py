@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dfine_plugin import deploy, wrap_decoder
-from dfine_plugin.benchmarks.detrex_hosts import CUDA_ONLY, without_cuda_calls
+from dfine_plugin.benchmarks.detrex_hosts import CALL_CUDA, without_cuda_calls
 from dfine_plugin.benchmarks.full_size_hosts import HOSTS, NUM_CLASSES
 from dfine_plugin.benchmarks.runs import write_json
 from dfine_plugin.benchmarks.timing import device_name, now
@@ -175,7 +175,7 @@ def main(
         classes = torch.randint(0, NUM_CLASSES, (truths,), generator=generator)
         boxes = torch.cat([0.3 + 0.4 * centres, 0.05 + 0.4 * sides], dim=1)
         labels.append({"class_labels": classes.to(device), "boxes": boxes.to(device)})
-    left_out = pixels.device.type == "cpu" and host in [f"detrex/{name}" for name in CUDA_ONLY]
+    left_out = pixels.device.type == "cpu" and host in [f"detrex/{name}" for name in CALL_CUDA]
     with without_cuda_calls() if left_out else nullcontext():
         result = compare(host, pixels, labels, repeats)
     result["without_cuda_calls"] = left_out

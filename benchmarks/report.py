@@ -87,9 +87,9 @@ def markdown(results: Sequence[Result], failures: Sequence[str] = ()) -> str:
     variants = variants_of(results)
     lines = [f"## {settings['host']} on {Path(settings['data']).name}", ""]
     lines += [
-        f"{settings['steps']} steps of batch {settings['batch_size']}, {settings['image_size']} px, learning rate "
-        f"{settings['learning_rate']:g}, EMA weights. Mean ± standard deviation over the seeds; gain: paired "
-        "difference to the baseline with its 95 % Student-t interval.",
+        f"{settings['steps']} steps of batch {settings['batch_size']}, {settings['image_size']} px, "
+        f"{settings['num_queries']} queries, learning rate {settings['learning_rate']:g}, EMA weights. Mean ± standard "
+        "deviation over the seeds; gain: paired difference to the baseline with its 95 % Student-t interval.",
         "",
         "### Equal steps",
         "",

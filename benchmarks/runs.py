@@ -30,6 +30,7 @@ class RunSettings:
     steps: int
     batch_size: int
     learning_rate: float
+    num_queries: int = 30
     train_images: int = 2000
     val_images: int = 400
     warmup_steps: int = 100

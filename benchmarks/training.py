@@ -10,6 +10,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
@@ -22,9 +23,10 @@ from transformers.trainer_utils import set_seed
 
 from dfine_plugin.benchmarks.coco_data import read_split
 from dfine_plugin.benchmarks.detection_data import DetectionData, TrainingView, collate
+from dfine_plugin.benchmarks.detrex_hosts import without_cuda_calls
 from dfine_plugin.benchmarks.ema import make_ema
 from dfine_plugin.benchmarks.evaluation import coco_metrics, detect
-from dfine_plugin.benchmarks.hosts import build_host
+from dfine_plugin.benchmarks.hosts import HOSTS, build_host
 from dfine_plugin.benchmarks.runs import Result, RunSettings, code_digest, save_model
 from dfine_plugin.benchmarks.shapes import make_shapes
 from dfine_plugin.benchmarks.variants import fdr_settings
@@ -47,7 +49,7 @@ def load_data(data: str, split: str, image_size: int, images: int) -> DetectionD
 def build_model(settings: RunSettings, class_names: list[str]) -> nn.Module:
     """The host with the seed's weights, then wrapped if the variant asks for it."""
     set_seed(settings.seed)
-    model = build_host(settings.host, class_names)
+    model = build_host(settings.host, class_names, settings.num_queries)
     fdr = fdr_settings(settings.variant)
     if fdr is not None:
         from dfine_plugin import FDRConfig, wrap_decoder
@@ -123,7 +125,9 @@ def train_run(settings: RunSettings, report: Report | None = None, models: Path 
             callbacks=[recorder],
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.train()
+        on_a_cpu = settings.device == "cpu" and HOSTS[settings.host].calls_cuda
+        with without_cuda_calls() if on_a_cpu else nullcontext():
+            trainer.train()
     losses = [entry for entry in trainer.state.log_history if "loss" in entry]
     if not all(math.isfinite(entry["loss"]) for entry in losses):
         raise RuntimeError(f"{settings.key()}: the loss is not finite")

@@ -98,10 +98,10 @@ HOSTS = [
     _row("dn-detr", "dn_detr/configs/dn_detr_r50_50ep.py"),
 ]
 
-CUDA_ONLY = {f"detrex-{name}" for name in detrex_hosts.CUDA_ONLY}
+CALL_CUDA = {f"detrex-{name}" for name in detrex_hosts.CALL_CUDA}
 """Hosts whose training calls ``.cuda()``, whatever the device."""
 
 
 def on_a_cpu(host: Host) -> AbstractContextManager[None]:
     """Where a host can be trained on a CPU."""
-    return without_cuda_calls() if host.name in CUDA_ONLY else nullcontext()
+    return without_cuda_calls() if host.name in CALL_CUDA else nullcontext()

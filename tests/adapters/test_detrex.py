@@ -10,7 +10,7 @@ from torch import nn
 
 from dfine_plugin import FDRConfig, unwrap_decoder, wrap_decoder
 
-from .detrex_hosts import CUDA_ONLY, batched_inputs
+from .detrex_hosts import CALL_CUDA, batched_inputs
 from .hosts import Host, assert_equal, build, images, labels, predict, randomise_fdr, train_step, wrapped
 
 
@@ -151,6 +151,6 @@ def test_two_hosts_train_on_a_cpu_only_here() -> None:
     if missing():
         pytest.skip(str(missing()))
     for host in HOSTS:
-        if host.name in CUDA_ONLY:
+        if host.name in CALL_CUDA:
             with pytest.raises((RuntimeError, AssertionError)):
                 host.loss(build(host).train(), images(), labels())

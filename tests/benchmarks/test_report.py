@@ -24,6 +24,7 @@ def result(variant: str, seed: int, ap: float, seconds: float = 10.0) -> dict[st
             "steps": 20,
             "batch_size": 4,
             "image_size": 64,
+            "num_queries": 30,
             "learning_rate": 1e-3,
         },
         "final": metrics,
