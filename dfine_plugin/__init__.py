@@ -3,6 +3,8 @@
 ``model = wrap_decoder(model)``, train as before, get tighter boxes. Importing this package imports no host library.
 """
 
+from pathlib import Path
+
 from .boxes import decode_boxes, encode_boxes
 from .config import FDRConfig
 from .errors import DFinePluginError, InvalidTargetError, NonFiniteError, UnsupportedModelError, WrapStateError
@@ -14,6 +16,11 @@ from .weighting import weighting_function
 from .wrapping import deploy, unwrap_decoder, wrap_decoder
 
 __version__ = "0.1.0"
+
+_checkout = Path(__file__).resolve().parents[1]
+if (_checkout / "pyproject.toml").is_file():
+    # ``python -m`` in the root of a checkout imports this folder, installed or not: its subpackages lie beside it
+    __path__.append(str(_checkout))
 
 __all__ = [
     "DFinePluginError",

@@ -6,6 +6,7 @@ import inspect
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -70,3 +71,16 @@ def test_importing_loads_no_host() -> None:
     code = f"import json, sys, dfine_plugin\nprint(json.dumps([name for name in {HOSTS!r} if name in sys.modules]))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(result.stdout.splitlines()[-1]) == []
+
+
+def test_a_checkouts_root_first_on_the_path_hides_nothing() -> None:
+    """As ``python -m`` starts there, which finds the folder ``dfine_plugin`` before an installed package."""
+    root = Path(__file__).parents[2]
+    code = (
+        f"import sys; sys.path[:] = [{str(root)!r}, *{sys.path!r}]\n"
+        "import dfine_plugin.adapters, dfine_plugin.benchmarks, dfine_plugin.projects\n"
+        "print(dfine_plugin.__file__)"
+    )
+    # without site: an editable install would help out
+    result = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, check=True, cwd=root)
+    assert Path(result.stdout.strip()).parents[1] == root
