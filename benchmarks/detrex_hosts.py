@@ -96,7 +96,7 @@ class PixelsAndLabels(nn.Module):
         # the hosts move to this device whatever they make
         self.detector.device = pixel_values.device
         inputs: list[dict[str, Any]] = [{"image": image, "height": height, "width": width} for image in pixel_values]
-        if self.training:
+        if self.detector.training:
             assert labels is not None
             for entry, target in zip(inputs, labels, strict=True):
                 entry["instances"] = _instances(target, height, width)

@@ -17,6 +17,9 @@ from dfine_plugin.benchmarks.detection_data import COCO_SIDES, DetectionData, no
 MAX_DETECTIONS = 100
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 
+Detected = np.ndarray
+"""Detections (D, 7) float64: image id, x, y, w, h in pixels of the original image, score, category id."""
+
 
 def top_detections(logits: Tensor, boxes: Tensor, k: int = MAX_DETECTIONS) -> tuple[Tensor, Tensor, Tensor]:
     """The k best of queries x classes, as DETRs with sigmoid classes are read out.
@@ -30,28 +33,31 @@ def top_detections(logits: Tensor, boxes: Tensor, k: int = MAX_DETECTIONS) -> tu
 
 
 @torch.no_grad()
-def detect(model: nn.Module, data: DetectionData, batch_size: int, device: torch.device) -> np.ndarray:
-    """(D, 7) float64: image id, x, y, w, h in pixels of the original image, score, category id."""
+def detect(model: nn.Module, data: DetectionData, batch_size: int, device: torch.device) -> Detected:
+    """The best detections in all images."""
     was_training = model.training
     model.eval()
-    sizes, categories, image_ids = data.original_sizes(), torch.tensor(data.category_ids), torch.tensor(data.image_ids)
     rows = []
     for start in range(0, len(data), batch_size):
         part = slice(start, start + batch_size)
         output = model(pixel_values=normalise(data.images[part].to(device)))
-        scores, labels, boxes = (t.cpu() for t in top_detections(output.logits.float(), output.pred_boxes.float()))
-        boxes = boxes * sizes[part, None]
-        corner = boxes[..., :2] - boxes[..., 2:] / 2
-        ids = image_ids[part, None].expand_as(scores)
-        columns = [ids[..., None], corner, boxes[..., 2:], scores[..., None], categories[labels][..., None]]
-        rows.append(torch.cat([column.double() for column in columns], dim=-1).flatten(0, 1))
+        rows.append(read_out(output.logits, output.pred_boxes, data, part))
     model.train(was_training)
-    return torch.cat(rows).numpy()
+    return np.concatenate(rows)
 
 
-def coco_metrics(
-    detections: np.ndarray, coco: dict[str, Any], sides: tuple[float, float] = COCO_SIDES
-) -> dict[str, Any]:
+def read_out(logits: Tensor, boxes: Tensor, data: DetectionData, part: slice) -> Detected:
+    """The best detections in a part of the images, from their class logits (B, Q, C) and boxes (B, Q, 4) cxcywh."""
+    scores, labels, boxes = (t.cpu() for t in top_detections(logits.float(), boxes.float()))
+    boxes = boxes * data.original_sizes()[part, None]
+    corner = boxes[..., :2] - boxes[..., 2:] / 2
+    ids = torch.tensor(data.image_ids)[part, None].expand_as(scores)
+    categories = torch.tensor(data.category_ids)[labels]
+    columns = [ids[..., None], corner, boxes[..., 2:], scores[..., None], categories[..., None]]
+    return torch.cat([column.double() for column in columns], dim=-1).flatten(0, 1).numpy()
+
+
+def coco_metrics(detections: Detected, coco: dict[str, Any], sides: tuple[float, float] = COCO_SIDES) -> dict[str, Any]:
     """AP, AP50, AP75, AP90, APs, APm, APl in percent (None where the data has no such object) and AP per threshold.
 
     detections as of `detect`, coco the ground truth as a COCO annotation dict. The sides, in pixels, part APs, APm and

@@ -8,7 +8,6 @@ returns a model that takes `pixel_values` (B, 3, H, W) and
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from dfine_plugin.benchmarks.detrex_hosts import CALL_CUDA, CONFIGS, build_detrex_host
+from dfine_plugin.benchmarks.initialisation import initialise_from_scratch
 
 
 @dataclass(frozen=True)
@@ -35,45 +35,25 @@ Builder = Callable[[list[str], int], nn.Module]
 
 
 def host(name: str, learning_rate: float) -> Callable[[Builder], Builder]:
-    """Register the decorated builder under `name`."""
+    """Register the decorated builder of a transformers host under `name`; weights are drawn as its authors do."""
 
     def register(build: Builder) -> Builder:
-        HOSTS[name] = Host(build, learning_rate)
+        def from_scratch(class_names: list[str], num_queries: int) -> nn.Module:
+            model = build(class_names, num_queries)
+            initialise_from_scratch(model)
+            return model
+
+        HOSTS[name] = Host(from_scratch, learning_rate)
         return build
 
     return register
 
 
 def build_host(name: str, class_names: list[str], num_queries: int = 30) -> nn.Module:
-    """The host `name` with fresh weights from torch's global generator, made fit for training from scratch."""
+    """The host `name` with fresh weights from torch's global generator, drawn as its authors draw them."""
     if name not in HOSTS:
         raise ValueError(f"unknown host {name!r}; known are {', '.join(HOSTS)}")
-    model = HOSTS[name].build(class_names, num_queries)
-    make_trainable_from_scratch(model)
-    return model
-
-
-def make_trainable_from_scratch(model: nn.Module, prior: float = 0.01) -> None:
-    """Undo what transformers' hosts do for the sake of pretrained weights. Done before the wrap: alike for both.
-
-    - BatchNorm weights are drawn from N(0, 0.01) by RT-DETR: 1 instead.
-    - Deformable-DETR freezes the backbone's BatchNorm and convolutions: both train.
-    - Deformable-DETR's class bias starts at 0, so that every query is a candidate: the focal loss's prior instead.
-    """
-    from transformers.models.deformable_detr.modeling_deformable_detr import DeformableDetrFrozenBatchNorm2d
-
-    for parent in list(model.modules()):
-        for name, child in parent.named_children():
-            if isinstance(child, DeformableDetrFrozenBatchNorm2d):
-                setattr(parent, name, nn.BatchNorm2d(len(child.weight)))
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.ones_(module.weight)
-            nn.init.zeros_(module.bias)
-    model.requires_grad_(True)
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and ("class_embed" in name or "enc_score_head" in name):
-            nn.init.constant_(module.bias, math.log(prior / (1 - prior)))
+    return HOSTS[name].build(class_names, num_queries)
 
 
 def _labels(class_names: list[str]) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""The ablation's outcome: table, closing line and figures, from the results of its runs.
+"""The ablation's outcome: table, diagnosis, closing line and figures, from the results of its runs.
+
+A verdict needs a baseline that has converged: before a DETR has learnt one-to-one, better boxes are worse AP, for they
+coincide. It has converged where its AP grows by less than `CONVERGED` of itself over the last quarter of the schedule.
 
 Two tables. *Equal steps* compares the final metrics. *Equal time* reads each wrapped run's AP at the moment when the
 baseline of the same seed had finished, on the line between its evaluations, and compares that with the baseline's
@@ -13,7 +16,7 @@ import platform
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import numpy as np
@@ -25,6 +28,14 @@ from dfine_plugin.benchmarks.variants import BASELINE
 
 NONE = "-"  # a cell without a figure
 METRICS = ("AP", "AP50", "AP75", "AP90", "APs", "APm", "APl")
+CONVERGED = 0.05
+DIAGNOSIS = {
+    "AP_after_NMS": "AP after NMS 0.7",
+    "near_duplicates": "near duplicates",
+    "recall50": "recall at 0.5",
+    "recall75": "recall at 0.75",
+}
+"""What :func:`~dfine_plugin.benchmarks.diagnosis.diagnose` finds besides AP by layer, as columns."""
 
 
 def by_seed(results: Sequence[Result], variant: str, metric: str) -> dict[int, float]:
@@ -47,6 +58,24 @@ def ap_at_equal_time(results: Sequence[Result], variant: str) -> dict[int, float
         for r in results
         if r["settings"]["variant"] == variant and r["settings"]["seed"] in end
     }
+
+
+def late_growth(results: Sequence[Result], variant: str = BASELINE) -> float | None:
+    """Which share of its final AP the variant gained over the last quarter of the schedule, mean over seeds; None
+    where no run of it was evaluated before that."""
+    shares = []
+    for run in results:
+        before = [point for point in run["curve"] if point["step"] <= 0.75 * run["settings"]["steps"]]
+        if run["settings"]["variant"] == variant and before and run["final"]["AP"]:
+            steps, ap = ([point[key] for point in run["curve"]] for key in ("step", "AP"))
+            shares.append(1 - float(np.interp(0.75 * run["settings"]["steps"], steps, ap)) / run["final"]["AP"])
+    return fmean(shares) if shares else None
+
+
+def has_converged(results: Sequence[Result]) -> bool:
+    """Whether the baseline allows a verdict (see the module's docstring)."""
+    growth = late_growth(results)
+    return growth is not None and growth < CONVERGED
 
 
 def gain(results: Sequence[Result], variant: str, metric: str = "AP") -> PairedDifference | None:
@@ -122,6 +151,7 @@ def markdown(results: Sequence[Result], failures: Sequence[str] = ()) -> str:
         lines += [
             table_row([v, _figure(ap_at_equal_time(results, v)), str(gain_at_equal_time(results, v))]) for v in compared
         ]
+    lines += diagnosis(results)
     lines += ["", "### AP of every seed", "", *table_header(["seed", *variants])]
     for seed in sorted({r["settings"]["seed"] for r in results}):
         values = (by_seed(results, v, "AP").get(seed) for v in variants)
@@ -134,15 +164,44 @@ def markdown(results: Sequence[Result], failures: Sequence[str] = ()) -> str:
     return "\n".join(lines)
 
 
+def diagnosis(results: Sequence[Result]) -> list[str]:
+    """A table with AP by layer, duplicates and recall of every variant, means over the seeds; the lines of Markdown."""
+    found = {v: [r["diagnosis"] for r in results if r["settings"]["variant"] == v] for v in variants_of(results)}
+    found = {variant: runs for variant, runs in found.items() if all(runs)}
+    if not found:
+        return []
+    layers = list(dict.fromkeys(name for runs in found.values() for run in runs for name in run["AP_by_layer"]))
+    layers.sort(key=lambda name: name.startswith("layer"))  # the initial boxes, which a baseline has not, come first
+    header = ["variant", *(f"AP, {name}" for name in layers), *DIAGNOSIS.values()]
+    lines = ["", "### Diagnosis", "", *table_header(header)]
+    for variant, runs in found.items():
+        by_layer = [[run["AP_by_layer"][name] for run in runs if name in run["AP_by_layer"]] for name in layers]
+        row = [NONE if not values else f"{fmean(values):.1f}" for values in by_layer]
+        row += [f"{fmean(run[key] for run in runs):.{2 if key == 'near_duplicates' else 1}f}" for key in DIAGNOSIS]
+        lines.append(table_row([variant, *row]))
+    growth = {variant: late_growth(results, variant) for variant in found}
+    grown = [f"{variant} {100 * share:.1f} %" for variant, share in growth.items() if share is not None]
+    lines += [
+        "",
+        "Near duplicates: detections of a found truth's class with an IoU above 0.5 to it and at least half the best "
+        f"such detection's score, itself included. AP gained over the last quarter, of itself: {', '.join(grown)}.",
+    ]
+    return lines
+
+
 def closing_lines(results: Sequence[Result]) -> list[str]:
-    """One sentence a variant: its gain with the interval, and whether that excludes zero."""
+    """One sentence a variant: its gain with the interval, and what that shows, if the baseline allows a verdict."""
     lines = []
+    growth = late_growth(results)
+    share = "" if growth is None else f": the baseline's AP grew by {100 * growth:.0f} % of itself in the last quarter"
     for variant in variants_of(results):
         difference = gain(results, variant)
         if variant == BASELINE or difference is None:
             continue
         seeds = len(difference.differences)
-        if difference.half_width is None:
+        if not has_converged(results):
+            verdict = f"not converged, no verdict{share}"
+        elif difference.half_width is None:
             verdict = "one seed gives no interval: this says nothing about a gain"
         elif difference.excludes_zero:
             verdict = "the 95 % interval excludes zero: a " + ("gain" if difference.mean > 0 else "LOSS")
@@ -171,6 +230,8 @@ def figures(results: Sequence[Result], command: str, tuning: dict[str, Any] | No
         "versions": {name: version(name) for name in ("dfine-plugin", "torch", "transformers", "pycocotools")},
         "machine": {"cpu": cpu_model(), "python": platform.python_version(), "threads": torch.get_num_threads()},
         "learning_rate_tuning": tuning,
+        "late_growth": late_growth(results),
+        "converged": has_converged(results),
         "summary": summary,
         "failures": list(failures),
         "runs": list(results),

@@ -38,7 +38,7 @@ class RunSettings:
     clip_norm: float = 0.1
     ema_decay: float = 0.99
     flip: bool = True
-    evaluations: int = 5
+    evaluations: int = 8
     device: str = "cpu"
 
     def key(self) -> str:

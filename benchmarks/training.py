@@ -24,6 +24,7 @@ from transformers.trainer_utils import set_seed
 from dfine_plugin.benchmarks.coco_data import read_split
 from dfine_plugin.benchmarks.detection_data import DetectionData, TrainingView, collate
 from dfine_plugin.benchmarks.detrex_hosts import without_cuda_calls
+from dfine_plugin.benchmarks.diagnosis import diagnose
 from dfine_plugin.benchmarks.ema import make_ema
 from dfine_plugin.benchmarks.evaluation import coco_metrics, detect
 from dfine_plugin.benchmarks.hosts import HOSTS, build_host
@@ -116,6 +117,7 @@ def train_run(settings: RunSettings, report: Report | None = None, models: Path 
     val = load_data(settings.data, "val", settings.image_size, settings.val_images)
     model = build_model(settings, train.class_names)
     recorder = Recorder(model, settings, val, report)
+    on_a_cpu = settings.device == "cpu" and HOSTS[settings.host].calls_cuda
     with tempfile.TemporaryDirectory() as scratch:
         trainer = DetectionTrainer(
             model=model,
@@ -125,18 +127,22 @@ def train_run(settings: RunSettings, report: Report | None = None, models: Path 
             callbacks=[recorder],
         )
         trainer.remove_callback(PrinterCallback)
-        on_a_cpu = settings.device == "cpu" and HOSTS[settings.host].calls_cuda
         with without_cuda_calls() if on_a_cpu else nullcontext():
             trainer.train()
     losses = [entry for entry in trainer.state.log_history if "loss" in entry]
     if not all(math.isfinite(entry["loss"]) for entry in losses):
         raise RuntimeError(f"{settings.key()}: the loss is not finite")
+    diagnosis = None
+    if trainer.is_world_process_zero():
+        with without_cuda_calls() if on_a_cpu else nullcontext():
+            diagnosis = diagnose(recorder.ema.module, val, 50, trainer.args.device)
     if models is not None and trainer.is_world_process_zero():
         save_model(models, settings, recorder.ema.module)
     return {
         "settings": asdict(settings),
         "fdr": fdr_settings(settings.variant),
         "final": recorder.curve[-1] if recorder.curve else None,
+        "diagnosis": diagnosis,
         "curve": recorder.curve,
         "losses": [{key: entry.get(key) for key in ("step", "loss", "grad_norm", "learning_rate")} for entry in losses],
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -167,4 +173,5 @@ def _training_arguments(settings: RunSettings, scratch: str) -> TrainingArgument
         report_to=[],
         disable_tqdm=True,
         use_cpu=settings.device == "cpu",
+        optim="adamw_torch_fused",
     )

@@ -7,13 +7,21 @@ import pytest
 from scipy.stats import ttest_rel
 
 from dfine_plugin.benchmarks.paired import paired_difference
-from dfine_plugin.benchmarks.report import METRICS, ap_at_equal_time, closing_lines, markdown
+from dfine_plugin.benchmarks.report import (
+    METRICS,
+    ap_at_equal_time,
+    closing_lines,
+    diagnosis,
+    has_converged,
+    late_growth,
+    markdown,
+)
 
 BASELINE = {0: 45.0, 1: 47.5, 2: 44.1, 3: 46.0}
 
 
-def result(variant: str, seed: int, ap: float, seconds: float = 10.0) -> dict[str, Any]:
-    """A run's result with an AP that grows from half its final value."""
+def result(variant: str, seed: int, ap: float, seconds: float = 10.0, late: float = 0.98) -> dict[str, Any]:
+    """A run's result with an AP that grows from half its final value, and to the share `late` by three quarters."""
     metrics = {**dict.fromkeys(METRICS, ap), "APl": None}
     return {
         "settings": {
@@ -28,7 +36,11 @@ def result(variant: str, seed: int, ap: float, seconds: float = 10.0) -> dict[st
             "learning_rate": 1e-3,
         },
         "final": metrics,
-        "curve": [{"AP": ap / 2, "seconds": seconds / 2, "step": 10}, {"AP": ap, "seconds": seconds, "step": 20}],
+        "curve": [
+            {"AP": share * ap, "seconds": seconds * step / 20, "step": step}
+            for step, share in ((10, 0.5), (15, late), (20, 1.0))
+        ],
+        "diagnosis": None,
         "parameters": 800_000,
         "seconds_per_step": seconds / 20,
         "seconds": seconds,
@@ -74,6 +86,40 @@ def test_the_closing_line_claims_no_more_than_the_interval(gains: list[float], w
     (line,) = closing_lines(runs(gains))
     assert line.startswith("fdr: AP ")
     assert words in line
+
+
+def test_there_is_no_verdict_before_the_baseline_has_converged() -> None:
+    growing = [result("baseline", 0, 40.0, late=0.9), result("baseline", 1, 40.0, late=0.94)]
+    wrapped = [result("fdr", seed, 50.0) for seed in (0, 1)]
+    assert late_growth(growing) == pytest.approx(0.08)
+    assert not has_converged(growing)
+    (line,) = closing_lines(growing + wrapped)
+    assert line == (
+        "fdr: AP +10.00 ± 0.00 over 2 paired seeds; "
+        "not converged, no verdict: the baseline's AP grew by 8 % of itself in the last quarter."
+    )
+    # what the wrapped runs do is no matter
+    settled = [result("baseline", seed, 40.0, late=0.96) for seed in (0, 1)]
+    assert has_converged([*settled, result("fdr", 0, 50.0, late=0.5), result("fdr", 1, 51.0, late=0.5)])
+    # one evaluation, at the end, tells nothing of the last quarter
+    for run in settled:
+        run["curve"] = run["curve"][-1:]
+    assert late_growth(settled) is None
+    assert not has_converged(settled)
+
+
+def test_the_diagnosis_has_each_layer_of_each_variant() -> None:
+    both = [result("baseline", 0, 40.0), result("fdr", 0, 42.0)]
+    for run, layers in zip(both, ({"layer 1": 30.0}, {"initial boxes": 20.0, "layer 1": 31.0}), strict=True):
+        rest = {"AP_after_NMS": 41.0, "near_duplicates": 1.25, "recall50": 90.0, "recall75": 70.0}
+        run["diagnosis"] = {"AP_by_layer": layers, **rest}
+    lines = diagnosis(both)
+    assert "| variant | AP, initial boxes | AP, layer 1 | AP after NMS 0.7 |" in lines[3]
+    assert lines[5:7] == [
+        "| baseline | - | 30.0 | 41.0 | 1.25 | 90.0 | 70.0 |",
+        "| fdr | 20.0 | 31.0 | 41.0 | 1.25 | 90.0 | 70.0 |",
+    ]
+    assert "baseline 2.0 %, fdr 2.0 %" in lines[-1]
 
 
 def test_equal_time_reads_the_slower_run_where_the_baseline_had_finished() -> None:

@@ -1,0 +1,165 @@
+"""Why a variant gains or loses AP: every decoder layer by itself, and whether what is lost are boxes or duplicates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from pycocotools import mask as coco_mask
+from torch import Tensor, nn
+from torchvision.ops import batched_nms, box_convert
+
+from dfine_plugin.benchmarks.detection_data import DetectionData, normalise
+from dfine_plugin.benchmarks.evaluation import Detected, coco_metrics, read_out
+from dfine_plugin.record import FDRRecord, current_record
+from dfine_plugin.wrapping import binding_of
+
+NMS_IOU = 0.7
+NEAR_IOU, NEAR_SCORE = 0.5, 0.5
+"""A near duplicate overlaps its truth by more than this, and has this share of the best such detection's score."""
+
+INITIAL = "initial boxes"
+
+Layers = dict[str, tuple[Tensor, Tensor]]
+"""From a layer's name to its class logits (B, Q, C) and boxes (B, Q, 4) cxcywh, in order."""
+
+
+@torch.no_grad()
+def diagnose(model: nn.Module, data: DetectionData, batch_size: int, device: torch.device) -> dict[str, Any]:
+    """What the final metrics do not tell, in percent unless it says otherwise.
+
+    AP of every decoder layer, and of the initial boxes of a wrapped model; of the last layer AP after NMS at an IoU of
+    0.7, recall at IoUs of 0.5 and 0.75, and the number of near duplicates of each truth that is found, itself included
+    (1 is the best).
+    """
+    was_training = model.training
+    model.eval()
+    layers: dict[str, list[np.ndarray]] = {}
+    for start in range(0, len(data), batch_size):
+        part = slice(start, start + batch_size)
+        labels = [
+            {"boxes": boxes.to(device), "class_labels": classes.to(device)}
+            for boxes, classes in zip(data.boxes[part], data.labels[part], strict=True)
+        ]
+        for name, outputs in predict_layers(model, normalise(data.images[part].to(device)), labels).items():
+            layers.setdefault(name, []).append(read_out(*outputs, data, part))
+    model.train(was_training)
+    detections = {name: np.concatenate(parts) for name, parts in layers.items()}
+    last = detections[list(detections)[-1]]
+    return {
+        "AP_by_layer": {name: coco_metrics(rows, data.coco, data.sides)["AP"] for name, rows in detections.items()},
+        "AP_after_NMS": coco_metrics(without_duplicates(last), data.coco, data.sides)["AP"],
+        **overlaps(last, data.coco),
+    }
+
+
+def without_duplicates(detections: Detected) -> Detected:
+    """What non-maximum suppression within images and classes leaves."""
+    boxes = box_convert(torch.from_numpy(detections[:, 1:5]), "xywh", "xyxy")
+    groups = np.unique(detections[:, [0, 6]], axis=0, return_inverse=True)[1].reshape(-1)
+    kept = batched_nms(boxes, torch.from_numpy(detections[:, 5]), torch.from_numpy(groups), NMS_IOU)
+    return detections[kept.sort().values.numpy()]
+
+
+def overlaps(detections: Detected, coco: dict[str, Any]) -> dict[str, float]:
+    """Recall at two IoUs in percent, and near duplicates per truth found, of truths that are no crowds."""
+    best, duplicates = [], []
+    ours: dict[tuple[int, int], list[np.ndarray]] = {}
+    for row in detections:
+        ours.setdefault((int(row[0]), int(row[6])), []).append(row)
+    for truth in coco["annotations"]:
+        if truth.get("iscrowd"):
+            continue
+        rows = np.array(ours.get((truth["image_id"], truth["category_id"]), np.zeros((0, 7))))
+        if not len(rows):
+            best.append(0.0)
+            continue
+        iou = coco_mask.iou(rows[:, 1:5], np.array([truth["bbox"]], dtype=np.float64), [0])[:, 0]
+        best.append(float(iou.max()))
+        scores = rows[iou > NEAR_IOU, 5]
+        if len(scores):
+            duplicates.append(int((scores >= NEAR_SCORE * scores.max()).sum()))
+    return {
+        "recall50": 100 * float(np.mean(np.array(best) >= 0.5)),
+        "recall75": 100 * float(np.mean(np.array(best) >= 0.75)),
+        "near_duplicates": float(np.mean(duplicates)) if duplicates else 0.0,
+    }
+
+
+def predict_layers(model: Any, pixels: Tensor, labels: list[dict[str, Tensor]]) -> Layers:
+    """What each decoder layer predicts, as the host hands it to its loss; of a wrapped model the initial boxes before.
+
+    model: in evaluation mode. labels: the images', which hosts want to see before they make losses.
+    """
+    detector = getattr(model, "detector", model)
+    records: list[FDRRecord] = []
+    capture = _losses_of_detrex if detector is not model else _losses_of_transformers
+    with capture(detector) as found, _records(detector, records):
+        model(pixel_values=pixels, labels=labels)
+    logits, boxes = found
+    layers = {f"layer {index}": pair for index, pair in enumerate(zip(logits, boxes, strict=True), start=1)}
+    if records and records[0].initial_logits is not None:
+        queries = logits[0].shape[1]
+        # denoising queries are in front, one-to-many queries behind
+        matched = slice(queries) if hasattr(detector, "num_queries_one2one") else slice(-queries, None)
+        record = records[0].queries(matched)
+        assert record.initial_logits is not None
+        layers = {INITIAL: (record.initial_logits, record.initial_boxes), **layers}
+    return layers
+
+
+@contextmanager
+def _records(detector: nn.Module, records: list[FDRRecord]) -> Iterator[None]:
+    if binding_of(detector) is None:
+        yield
+        return
+    # before all other hooks of the forward's end, of which the model's own closes the scope
+    hook = detector.register_forward_hook(lambda *_: records.append(current_record()), prepend=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def _losses_of_transformers(detector: Any) -> Iterator[list[list[Tensor]]]:
+    """Put a loss function in the host's place that keeps all layers' logits and boxes."""
+    found: list[list[Tensor]] = []
+
+    def keep(logits: Tensor, labels: Any, device: Any, boxes: Tensor, config: Any, *layers: Tensor, **more: Any) -> Any:
+        classes, coordinates = layers[:2] if layers else (more["outputs_class"], more["outputs_coord"])
+        # the layers are the second axis in RT-DETR, the first one elsewhere
+        axis = 1 if classes[:, -1].shape == logits.shape and torch.equal(classes[:, -1], logits) else 0
+        found.extend([list(classes.unbind(axis)), list(coordinates.unbind(axis))])
+        return logits.sum(), {}, None
+
+    own = detector.__dict__.get("_loss_function")
+    detector.loss_function = keep
+    try:
+        yield found
+    finally:
+        del detector._loss_function
+        if own is not None:
+            detector.loss_function = own
+
+
+@contextmanager
+def _losses_of_detrex(detector: Any) -> Iterator[list[list[Tensor]]]:
+    """Let the host compute losses, its parts in evaluation mode, and keep what its criterion is given first."""
+    found: list[list[Tensor]] = []
+
+    def keep(criterion: nn.Module, arguments: tuple[Any, ...]) -> None:
+        if not found:
+            sets = [*arguments[0]["aux_outputs"], arguments[0]]
+            found.extend([[layer["pred_logits"] for layer in sets], [layer["pred_boxes"] for layer in sets]])
+
+    hook = detector.criterion.register_forward_pre_hook(keep)
+    detector.training = True
+    try:
+        yield found
+    finally:
+        detector.training = False
+        hook.remove()

@@ -1,0 +1,118 @@
+"""Weights to train a host of transformers from scratch, drawn as the hosts' authors draw theirs.
+
+transformers draws every Linear and convolution from one narrow normal distribution, N(0, 0.01) in RT-DETR and
+N(0, 0.02) in Deformable-DETR, since pretrained weights come after. From scratch the box heads of such a host stay dead,
+and whatever replaces them wins by that alone. Done before the wrap: alike for baseline and twin. The hosts of detrex
+draw theirs as the authors do themselves.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import nn
+
+PRIOR = 0.01
+"""What a query's score for a class starts at, so that focal losses are not swamped by background."""
+
+
+def initialise_from_scratch(model: nn.Module) -> None:
+    """Draw all weights of a transformers host anew, in place, from torch's global generator; nothing stays frozen.
+
+    - Everything: as torch draws it; BatchNorm's and LayerNorm's weights 1.
+    - The backbone's convolutions: He's normal distribution over the outputs, as torchvision's ResNets.
+    - Self-attention: as torch's MultiheadAttention. Deformable attention keeps what transformers draws: it is the
+      authors'.
+    - RT-DETR (official `RTDETRTransformer`): Xavier in the decoder's feed-forward layers, the query position head and
+      the encoder's output; zeros in the last layers of box heads.
+    - Deformable-DETR (official `DeformableDETR`): Xavier in all of encoder, decoder and input projections; zeros in the
+      last layers of box heads, whose first one starts at sides of sigmoid(-2) where references have no sides.
+    - Class biases: the focal loss's prior.
+
+    Deformable-DETR's backbone comes frozen in part, BatchNorm included: it trains.
+    """
+    _unfreeze(model)
+    kept = _deformable_attentions(model)
+    for name, module in model.named_modules():
+        if not any(name.startswith(f"{prefix}.") for prefix in kept) and hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+        if isinstance(module, nn.Conv2d) and "backbone" in name:
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    for module in model.modules():
+        if hasattr(module, "q_proj") and hasattr(module, "o_proj"):
+            _initialise_attention(module)
+    kind = getattr(getattr(model, "config", None), "model_type", "")
+    if kind.startswith("rt_detr"):
+        _initialise_rt_detr(model)
+    elif kind == "deformable_detr":
+        _initialise_deformable_detr(model)
+    else:
+        raise ValueError(f"no initialisation from scratch is known for {type(model).__name__}")
+
+
+def _unfreeze(model: nn.Module) -> None:
+    from transformers.models.deformable_detr.modeling_deformable_detr import DeformableDetrFrozenBatchNorm2d
+
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, DeformableDetrFrozenBatchNorm2d):
+                setattr(parent, name, nn.BatchNorm2d(len(child.weight)))
+    model.requires_grad_(True)
+
+
+def _deformable_attentions(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if hasattr(module, "sampling_offsets")]
+
+
+def _initialise_attention(attention: Any) -> None:
+    for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
+        # torch draws the three as one (3C, C) matrix
+        nn.init.xavier_uniform_(projection.weight, gain=math.sqrt(0.5))
+        nn.init.zeros_(projection.bias)
+    nn.init.zeros_(attention.o_proj.bias)
+
+
+def _initialise_rt_detr(model: Any) -> None:
+    decoder = model.model.decoder
+    feed_forward = [linear for layer in decoder.layers for linear in (layer.mlp.fc1, layer.mlp.fc2)]
+    for linear in (*feed_forward, *decoder.query_pos_head.layers, model.model.enc_output[0]):
+        nn.init.xavier_uniform_(linear.weight)
+    for head in (*decoder.bbox_embed, model.model.enc_bbox_head):
+        _zero(head.layers[-1])
+    _set_class_bias(*decoder.class_embed, model.model.enc_score_head)
+
+
+def _initialise_deformable_detr(model: Any) -> None:
+    inner = model.model
+    kept = _deformable_attentions(model)
+    for name, module in inner.named_modules(prefix="model"):
+        ours = isinstance(module, nn.Linear | nn.Conv2d) and "backbone" not in name and "_embed." not in name
+        attention = name.endswith(("q_proj", "k_proj", "v_proj"))
+        if ours and not attention and not any(name.startswith(f"{prefix}.") for prefix in kept):
+            nn.init.xavier_uniform_(module.weight)
+    for projection in inner.input_proj:
+        nn.init.zeros_(projection[0].bias)
+    if inner.level_embed is not None:
+        nn.init.normal_(inner.level_embed)
+    if hasattr(inner, "reference_points") and inner.reference_points is not None:
+        nn.init.zeros_(inner.reference_points.bias)
+    for heads in (model.class_embed, model.bbox_embed):
+        # the authors' are copies of one another
+        for head in heads[1:]:
+            head.load_state_dict(heads[0].state_dict())
+    for head in model.bbox_embed:
+        _zero(head.layers[-1])
+    if not model.config.two_stage:
+        nn.init.constant_(model.bbox_embed[0].layers[-1].bias[2:], -2.0)
+    _set_class_bias(*model.class_embed)
+
+
+def _zero(linear: nn.Linear) -> None:
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+
+
+def _set_class_bias(*heads: nn.Linear) -> None:
+    for head in heads:
+        nn.init.constant_(head.bias, math.log(PRIOR / (1 - PRIOR)))
