@@ -4,6 +4,7 @@
     python -m dfine_plugin.benchmarks.ablation --long                # ten seeds
     python -m dfine_plugin.benchmarks.ablation --data FOLDER --tune-lr
     torchrun --nproc-per-node 8 -m dfine_plugin.benchmarks.ablation --device cuda
+    python -m dfine_plugin.benchmarks.ablation --long --device cuda --ray ray://head:10001 --gpus-per-run 0.25
 
 Stop it at any time: the same command goes on from the runs that have finished.
 """
@@ -24,7 +25,7 @@ from rich.console import Console
 from dfine_plugin.benchmarks.hosts import HOSTS
 from dfine_plugin.benchmarks.report import closing_lines, figures, markdown
 from dfine_plugin.benchmarks.runs import RunSettings, write_json
-from dfine_plugin.benchmarks.scheduling import run_all
+from dfine_plugin.benchmarks.scheduling import Cluster, run_all
 from dfine_plugin.benchmarks.variants import BASELINE, DEFAULT_VARIANTS, parse_variants
 
 LONG_SEEDS = 10
@@ -34,14 +35,16 @@ TUNING_SEEDS = (1000, 1001)
 TUNING_FACTORS = (0.5, 1.0, 2.0)
 
 
-def tune_learning_rate(settings: RunSettings, folder: Path, jobs: int, console: Console) -> dict[str, Any]:
+def tune_learning_rate(
+    settings: RunSettings, folder: Path, jobs: int, console: Console, cluster: Cluster | None
+) -> dict[str, Any]:
     """The baseline's AP at each learning rate of a small grid, and the best on average: tuned on the baseline alone."""
     candidates = [
         replace(settings, variant=BASELINE, seed=seed, learning_rate=settings.learning_rate * factor)
         for factor in TUNING_FACTORS
         for seed in TUNING_SEEDS
     ]
-    results, failures = run_all(candidates, folder, jobs, console)
+    results, failures = run_all(candidates, folder, jobs, console, cluster=cluster)
     ap: dict[float, list[float]] = {}
     for result in results:
         ap.setdefault(result["settings"]["learning_rate"], []).append(round(result["final"]["AP"], 2))
@@ -70,6 +73,13 @@ def main(
     long: Annotated[bool, typer.Option("--long", help=f"at least {LONG_SEEDS} seeds")] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     jobs: Annotated[int | None, typer.Option(help="processes at a time; default: the number of cores")] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(help="carry the runs by Ray: 'local', or the address of a cluster such as ray://head:10001"),
+    ] = None,
+    gpus_per_run: Annotated[
+        float | None, typer.Option(min=0.0, help="of a Ray cluster; less than 1 to share one. Default: 1 with cuda")
+    ] = None,
     output: Annotated[Path, typer.Option(help="folder for runs, table, figures and plots")] = Path("ablation"),
     save_models: Annotated[
         bool, typer.Option("--save-models", help="keep each run's averaged weights as well")
@@ -105,16 +115,22 @@ def main(
         device=device,
     )
     jobs = jobs or (os.cpu_count() or 1 if device == "cpu" else 1)
+    cluster = None
+    if ray is not None:
+        share = float(device != "cpu") if gpus_per_run is None else gpus_per_run
+        cluster = Cluster(ray, share)
+    elif gpus_per_run is not None:
+        raise typer.BadParameter("shares of GPUs are given out by Ray: add --ray", param_hint="--gpus-per-run")
     tuning = None
     if tune_lr:
-        tuning = tune_learning_rate(settings, output / "runs", jobs, console)
+        tuning = tune_learning_rate(settings, output / "runs", jobs, console, cluster)
         console.print(f"learning rate {tuning['chosen']:g} is the baseline's best of {tuning['ap']}")
         settings = replace(settings, learning_rate=tuning["chosen"])
     count = max(seeds, LONG_SEEDS) if long else seeds
     # Seed by seed, so that a comparison that is stopped holds whole pairs.
     runs = [replace(settings, variant=row, seed=seed) for seed in range(count) for row in rows]
     models = output / "models" if save_models else None
-    results, failures = run_all(runs, output / "runs", jobs, console, models)
+    results, failures = run_all(runs, output / "runs", jobs, console, models, cluster)
     if os.environ.get("RANK", "0") != "0":
         return
     if results:

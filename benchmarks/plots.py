@@ -66,6 +66,24 @@ def plot_ap_per_threshold(results: Sequence[Result], path: Path) -> None:
     plt.close(figure)
 
 
+def plot_robustness(scores: Mapping[str, Mapping[str, Mapping[int, float]]], path: Path) -> None:
+    """AP under each corruption over its strength, means over seeds, strength 0 being the images as they are."""
+    clean, *spoilt = scores
+    kinds = list(dict.fromkeys(condition.rsplit(" ", 1)[0] for condition in spoilt))
+    figure, rows = plt.subplots(1, len(kinds), figsize=(2.4 * len(kinds), 3), sharey=True, layout="constrained")
+    for axes, kind in zip(np.atleast_1d(rows), kinds, strict=True):
+        shown = [clean, *(condition for condition in spoilt if condition.rsplit(" ", 1)[0] == kind)]
+        for variant in scores[clean]:
+            runs = np.array([[scores[c][variant][seed] for c in shown] for seed in scores[clean][variant]])
+            _band(axes, np.arange(len(shown)), runs, variant)
+        axes.set(xlabel="strength", title=kind, xticks=range(len(shown)))
+        axes.grid(alpha=0.3)
+    np.atleast_1d(rows)[0].set_ylabel("AP (band: one standard deviation)")
+    np.atleast_1d(rows)[-1].legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
 def _title(results: Sequence[Result]) -> str:
     settings = results[0]["settings"]
     seeds = len({r["settings"]["seed"] for r in results})

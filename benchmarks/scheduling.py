@@ -6,24 +6,35 @@ import os
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
 from multiprocessing.managers import SyncManager
 from pathlib import Path
 from queue import Queue
 from threading import Thread
-from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from dfine_plugin.benchmarks import progress
 from dfine_plugin.benchmarks.runs import Result, RunSettings, has_model, load_run, save_run
 
-Message = tuple[str, int, float | None]  # a run's key, steps done, AP where an evaluation was made
+
+@dataclass(frozen=True)
+class Cluster:
+    """A Ray cluster to run on: see :func:`~dfine_plugin.benchmarks.cluster.run_on_cluster`."""
+
+    address: str
+    gpus_per_run: float = 0.0
 
 
 def run_all(
-    runs: Sequence[RunSettings], folder: Path, jobs: int, console: Console, models: Path | None = None
+    runs: Sequence[RunSettings],
+    folder: Path,
+    jobs: int,
+    console: Console,
+    models: Path | None = None,
+    cluster: Cluster | None = None,
 ) -> tuple[list[Result], list[str]]:
     """The results of `runs` in their order, and what failed; runs already in `folder` are read, not repeated.
 
@@ -37,6 +48,12 @@ def run_all(
         errors: dict[str, str] = {}
     elif "WORLD_SIZE" in os.environ:
         errors = _run_here(missing, folder, console, models)
+    elif cluster is not None:
+        from dfine_plugin.benchmarks.cluster import run_on_cluster
+
+        errors = run_on_cluster(
+            missing, folder, console, models, cluster.address, cluster.gpus_per_run, local_jobs=jobs
+        )
     else:
         errors = _run_in_processes(missing, folder, jobs, console, models)
     results = [load_run(folder, run) for run in runs]
@@ -64,12 +81,14 @@ def _run_in_processes(
     context = get_context("spawn")
     manager = SyncManager(ctx=context)
     manager.start(_end_with_parent)
-    with manager, _progress(console) as progress:
-        messages: Queue[Message | None] = manager.Queue()
-        listener = Thread(target=_show, args=(messages, runs, progress), daemon=True)
+    with manager, progress.bars(console) as bars:
+        messages: Queue[progress.Message | None] = manager.Queue()
+        listener = Thread(target=progress.show, args=(messages, runs, bars), daemon=True)
         listener.start()
         pool = ProcessPoolExecutor(min(jobs, len(runs)), mp_context=context, initializer=_start_worker)
-        futures: dict[Future[Result], RunSettings] = {pool.submit(_train, run, messages, models): run for run in runs}
+        futures: dict[Future[Result], RunSettings] = {
+            pool.submit(progress.train, run, messages, models): run for run in runs
+        }
         try:
             for future in as_completed(futures):
                 try:
@@ -105,39 +124,3 @@ def _end_with_parent() -> None:
         os._exit(1)
 
     Thread(target=wait, daemon=True).start()
-
-
-def _train(run: RunSettings, messages: Queue[Any], models: Path | None) -> Result:
-    from dfine_plugin.benchmarks.training import train_run
-
-    def report(step: int, metrics: dict[str, Any] | None) -> None:
-        # A message is a round trip to the manager: not every step.
-        if metrics or step % 5 == 0:
-            messages.put((run.key(), step, metrics and metrics["AP"]))
-
-    return train_run(run, report, models)
-
-
-def _progress(console: Console) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, TimeRemainingColumn(), console=console)
-
-
-def _show(messages: Queue[Message | None], runs: Sequence[RunSettings], progress: Progress) -> None:
-    """Draw a bar for all steps and one for each run at work, until None comes."""
-    by_key = {run.key(): run for run in runs}
-    total = progress.add_task("all runs", total=sum(run.steps for run in runs))
-    tasks: dict[str, Any] = {}
-    done: dict[str, int] = {}
-    while (message := messages.get()) is not None:
-        key, step, ap = message
-        run = by_key[key]
-        label = f"{run.variant}, seed {run.seed}"
-        if key not in tasks:
-            tasks[key] = progress.add_task(label, total=run.steps)
-        done[key] = step
-        progress.update(total, completed=sum(done.values()))
-        progress.update(tasks[key], completed=step, description=label if ap is None else f"{label}: AP {ap:.1f}")
-        if step == run.steps and ap is not None:
-            progress.console.print(f"{label}: AP {ap:.2f}")
-            progress.remove_task(tasks[key])
