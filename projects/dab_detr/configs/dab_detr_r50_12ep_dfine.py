@@ -1,0 +1,10 @@
+"""DAB-DETR with R50 after 12 epochs, with FDR and GO-LSD: the baseline and the wrap, nothing else."""
+
+from detectron2.config import LazyCall as L
+
+from dfine_plugin import wrap_decoder
+
+from .dab_detr_r50_12ep_baseline import dataloader, lr_multiplier, model, optimizer, train
+
+model = L(wrap_decoder)(model=model)
+train.output_dir = dataloader.evaluator.output_dir = "./output/dab_detr_r50_12ep_dfine"
