@@ -60,8 +60,8 @@ def main(
     variants: Annotated[str, typer.Option(help="rows parted by blanks, such as 'baseline fdr N=16 a=0.25,c=0.5'")] = (
         DEFAULT_VARIANTS
     ),
-    seeds: Annotated[int, typer.Option(min=1)] = 4,
-    steps: Annotated[int, typer.Option(min=1)] = 300,
+    seeds: Annotated[int, typer.Option(min=1)] = 2,
+    steps: Annotated[int, typer.Option(min=1)] = 1500,
     batch_size: Annotated[int, typer.Option(min=1, help="images a step and process")] = 16,
     image_size: Annotated[int, typer.Option(min=32)] = 96,
     queries: Annotated[int, typer.Option(min=1, help="matched queries of the host")] = 30,

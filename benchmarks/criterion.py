@@ -114,7 +114,7 @@ def make_ours(sizes: Sizes, device: torch.device) -> Callable[[Step], Losses]:
 
     settings: dict[str, Any] = {"num_labels": sizes.classes}
     config = RTDetrConfig(backbone_config=RTDetrResNetConfig(), **settings)
-    golsd = RTDetrGOLSDLoss(FDRConfig())
+    golsd = RTDetrGOLSDLoss(FDRConfig.paper())
     weights = FDRConfig().bin_values().to(device)
 
     def losses(step: Step) -> Losses:

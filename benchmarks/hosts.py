@@ -88,7 +88,7 @@ _RT_DETR: dict[str, Any] = {
 }
 
 
-@host("rt-detr", learning_rate=1e-3)
+@host("rt-detr", learning_rate=4e-3)
 def rt_detr(class_names: list[str], num_queries: int) -> nn.Module:
     """RT-DETR, 0.8 M parameters: ResNet of one basic block a stage, three decoder layers."""
     from transformers import RTDetrConfig, RTDetrForObjectDetection, RTDetrResNetConfig
@@ -137,7 +137,7 @@ def _deformable_detr(class_names: list[str], num_queries: int, two_stage: bool) 
     return DeformableDetrForObjectDetection(config)
 
 
-@host("deformable-detr", learning_rate=1e-3)
+@host("deformable-detr", learning_rate=2e-3)
 def deformable_detr(class_names: list[str], num_queries: int) -> nn.Module:
     """Deformable-DETR with iterative box refinement, one stage: learned queries, no denoising."""
     return _deformable_detr(class_names, num_queries, two_stage=False)

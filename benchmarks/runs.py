@@ -38,7 +38,7 @@ class RunSettings:
     clip_norm: float = 0.1
     ema_decay: float = 0.99
     flip: bool = True
-    evaluations: int = 8
+    evaluations: int = 4
     device: str = "cpu"
 
     def key(self) -> str:

@@ -1,11 +1,13 @@
 """The rows of the ablation: from a row's name to what wraps the host.
 
 baseline                                the host as it is
-fdr                                     FDR and FGL, no union, no DDF
-fdr+go-lsd                              all of the paper
+default                                 FDRConfig(): the best recipe known
+paper                                   FDRConfig.paper(): the paper's, exactly
+fdr                                     the default without union and DDF
+fdr+go-lsd                              the default with both
 fdr+go-lsd:num_bins=16,a=0.25           with other settings of FDRConfig
-N=16   a=0.25,c=0.5   T=2               the paper's Table 4, short for fdr+go-lsd:...
-uniform   lqe   no-lqe                  the same with uniform bins, with or without LQE
+N=16   a=0.25,c=0.5   T=2               the paper's Table 4, short for paper:...
+uniform   lqe   no-lqe                  the paper's with uniform bins, with or without LQE
 """
 
 from __future__ import annotations
@@ -13,15 +15,20 @@ from __future__ import annotations
 import json
 from typing import Any
 
-BASELINE = "baseline"
-DEFAULT_VARIANTS = f"{BASELINE} fdr fdr+go-lsd"
+from dfine_plugin.config import FDRConfig
 
+BASELINE = "baseline"
+DEFAULT_VARIANTS = f"{BASELINE} default"
+
+_PAPER = {key: value for key, value in FDRConfig.paper().to_dict().items() if key != "version"}
 _NAMED: dict[str, dict[str, Any]] = {
+    "default": {},
+    "paper": _PAPER,
     "fdr": {"union": False, "ddf": False},
-    "fdr+go-lsd": {},
-    "uniform": {"weighting": "uniform"},
-    "lqe": {"lqe": True},
-    "no-lqe": {"lqe": False},
+    "fdr+go-lsd": {"union": True, "ddf": True},
+    "uniform": {**_PAPER, "weighting": "uniform"},
+    "lqe": {**_PAPER, "lqe": True},
+    "no-lqe": {**_PAPER, "lqe": False},
 }
 _SHORT = {"N": "num_bins", "T": "temperature"}
 
@@ -40,7 +47,7 @@ def fdr_settings(row: str) -> dict[str, Any] | None:
         return None
     name, _, settings = row.partition(":")
     if not settings and "=" in name:
-        name, settings = "fdr+go-lsd", name
+        name, settings = "paper", name
     if name not in _NAMED:
         raise ValueError(f"unknown variant {row!r}: {BASELINE}, {', '.join(_NAMED)} or settings such as N=16")
     result = dict(_NAMED[name])

@@ -55,7 +55,8 @@ class Host(ABC):
         return self.losses(model, images, labels)[0]
 
     def config(self, **settings: Any) -> FDRConfig:
-        return FDRConfig(**{**self.settings, **settings})
+        """The paper's recipe, for it has every part."""
+        return FDRConfig.paper(**{**self.settings, **settings})
 
     def fdr(self, model: nn.Module) -> nn.Module:
         return model.get_submodule(f"{self.decoder}.fdr")

@@ -70,7 +70,7 @@ class SlowFDR:
             self.out.initial_boxes, self.out.initial_logits = initial, logits
         cx, cy, w, h = self.out.initial_boxes.detach().unbind(-1)
         residual = self.fdr.refine[index](hidden + self.previous)
-        self.z = self.z + residual.reshape(*hidden.shape[:2], 4, len(self.w_of_n))
+        self.z = self.z + self.config.residual_scale * residual.reshape(*hidden.shape[:2], 4, len(self.w_of_n))
         self.previous = hidden.detach()
         probability = torch.softmax(self.z, -1)
         offsets = sum(self.w_of_n[n] * probability[..., n] for n in range(len(self.w_of_n)))

@@ -240,14 +240,21 @@ def slow_losses(
     return losses
 
 
+def default_settings() -> dict[str, Any]:
+    """What :class:`FDRConfig` chooses by default, where it departs from the paper."""
+    default, paper = FDRConfig().to_dict(), FDRConfig.paper().to_dict()
+    return {name: value for name, value in default.items() if value != paper[name]}
+
+
 @pytest.mark.parametrize(
     ("settings", "counts"),
     [
         ({}, (2, 3)),
         ({"union": False, "ddf": False, "lqe": False}, (2, 3)),
         ({"weighting": "uniform", "num_bins": 16, "a": 0.25, "temperature": 2.0}, (2, 0)),
+        (default_settings(), (2, 3)),
     ],
-    ids=["fdr+go-lsd", "fdr", "other-bins-empty-image"],
+    ids=["paper", "fdr", "other-bins-empty-image", "default"],
 )
 def test_every_loss_term_and_its_gradient(host: Host, settings: dict[str, Any], counts: tuple[int, ...]) -> None:
     config = host.config(**settings)

@@ -37,14 +37,20 @@ FINITE = rf"(finite|{POSITIVE})"
 NOT_NEGATIVE = r"(negative|>= ?0|at least 0)"
 
 
-def test_defaults_are_the_papers() -> None:
-    """N = 32, a = 1/2, c = 1/4, T = 5, FGL 0.15, DDF 1.5, union and DDF on."""
-    config = FDRConfig()
+def test_the_papers_recipe() -> None:
+    """N = 32, a = 1/2, c = 1/4, T = 5, FGL 0.15, DDF 1.5, union, DDF and LQE on, residuals as they are."""
+    config = FDRConfig.paper()
     assert (config.num_bins, config.a, config.c) == (32, 0.5, 0.25)
     assert (config.temperature, config.fgl_weight, config.ddf_weight) == (5.0, 0.15, 1.5)
     assert config.residual_scale == 1.0
     assert (config.union, config.ddf, config.weighting, config.box_refinement) == (True, True, "nonuniform", False)
-    assert isinstance(config.lqe, bool)
+    assert config.lqe
+    assert FDRConfig.paper(num_bins=16) == dataclasses.replace(config, num_bins=16)
+
+
+def test_the_default_departs_from_the_paper_where_it_was_measured() -> None:
+    """In two settings, and in nothing else."""
+    assert dataclasses.replace(FDRConfig.paper(), residual_scale=2.0, lqe=False) == FDRConfig()
 
 
 def test_frozen() -> None:

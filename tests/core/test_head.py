@@ -21,7 +21,7 @@ LAYERS, IMAGES, QUERIES, HIDDEN, BINS = 4, 2, 3, 16, 8
 def make_head(seed: int | None = 0, **config: Any) -> FDRHead:
     """A small head; with a seed all its parameters are random, else it is fresh."""
     torch.manual_seed(0)
-    head = FDRHead(HIDDEN, LAYERS, FDRConfig(**{"num_bins": BINS, **config}))
+    head = FDRHead(HIDDEN, LAYERS, FDRConfig.paper(**{"num_bins": BINS, **config}))
     if seed is not None:
         torch.manual_seed(seed)
         for parameter in head.parameters():
@@ -73,7 +73,7 @@ def test_fresh_head_changes_nothing() -> None:
 
 
 def test_default_config() -> None:
-    """Without a config the head is the paper's: 33 values of W."""
+    """Without a config the head has the paper's bins: 33 values of W."""
     head = FDRHead(HIDDEN, 2)
     assert torch.equal(head.weights, FDRConfig().bin_values())
     state = head(0, torch.zeros(1, 2, HIDDEN), head.start(random_boxes(0, 1, 2).float()))
