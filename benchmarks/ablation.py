@@ -33,25 +33,37 @@ LONG_SEEDS = 10
 # rate won that turned out to collapse with two of the next three.
 TUNING_SEEDS = (1000, 1001)
 TUNING_FACTORS = (0.5, 1.0, 2.0)
+MOST_RATES = 8
 
 
 def tune_learning_rate(
     settings: RunSettings, folder: Path, jobs: int, console: Console, cluster: Cluster | None
 ) -> dict[str, Any]:
-    """The baseline's AP at each learning rate of a small grid, and the best on average: tuned on the baseline alone."""
-    candidates = [
-        replace(settings, variant=BASELINE, seed=seed, learning_rate=settings.learning_rate * factor)
-        for factor in TUNING_FACTORS
-        for seed in TUNING_SEEDS
-    ]
-    results, failures = run_all(candidates, folder, jobs, console, cluster=cluster)
-    ap: dict[float, list[float]] = {}
-    for result in results:
-        ap.setdefault(result["settings"]["learning_rate"], []).append(round(result["final"]["AP"], 2))
-    whole = {rate: fmean(values) for rate, values in ap.items() if len(values) == len(TUNING_SEEDS)}
-    if not whole:
-        raise RuntimeError(f"no learning rate trained the baseline: {failures}")
-    return {"seeds": TUNING_SEEDS, "ap": ap, "failures": failures, "chosen": max(whole, key=lambda rate: whole[rate])}
+    """The baseline's AP at each learning rate of a grid, and the best on average: tuned on the baseline alone.
+
+    Where the best rate is at the grid's edge, the grid grows beyond it: what is chosen has a worse rate on either side.
+    """
+    ap: dict[float, list[float]] = {settings.learning_rate * factor: [] for factor in TUNING_FACTORS}
+    failed: list[str] = []
+    new = list(ap)
+    while True:
+        candidates = [
+            replace(settings, variant=BASELINE, seed=seed, learning_rate=rate) for rate in new for seed in TUNING_SEEDS
+        ]
+        results, failures = run_all(candidates, folder, jobs, console, cluster=cluster)
+        failed += failures
+        for result in results:
+            ap[result["settings"]["learning_rate"]].append(round(result["final"]["AP"], 2))
+        # a rate that does not train is worse than any that does
+        mean = {rate: fmean(found) if len(found) == len(TUNING_SEEDS) else -1.0 for rate, found in ap.items()}
+        best = max(mean, key=lambda rate: mean[rate])
+        if mean[best] < 0 or len(ap) >= MOST_RATES:
+            raise RuntimeError(f"no learning rate of {sorted(ap)} has a worse one on either side: {ap} {failed}")
+        beyond = best * 2 if best == max(ap) else best / 2 if best == min(ap) else None
+        if beyond is None:
+            return {"seeds": TUNING_SEEDS, "ap": dict(sorted(ap.items())), "failures": failed, "chosen": best}
+        ap[beyond] = []
+        new = [beyond]
 
 
 def main(

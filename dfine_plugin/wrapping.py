@@ -49,7 +49,7 @@ def wrap_decoder(model: Model, config: FDRConfig | None = None) -> Model:
 
     Args:
         model: a host that an adapter knows; see :func:`supported_hosts`.
-        config: settings, by default the paper's.
+        config: settings; by default ``FDRConfig()``, the best recipe known. ``FDRConfig.paper()`` is the paper's.
 
     Returns:
         The same model.

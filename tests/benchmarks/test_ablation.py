@@ -4,14 +4,16 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 from transformers import AutoImageProcessor
 from typer import Typer
@@ -19,6 +21,7 @@ from typer.testing import CliRunner
 
 from dfine_plugin import FDRConfig
 from dfine_plugin.adapters.transformers_common import load_pretrained
+from dfine_plugin.benchmarks import ablation
 from dfine_plugin.benchmarks.ablation import main
 from dfine_plugin.benchmarks.detection_data import normalise
 from dfine_plugin.benchmarks.detrex_hosts import without_cuda_calls
@@ -83,6 +86,42 @@ def test_a_saved_model_comes_with_the_preprocessing_that_it_was_trained_with(tmp
     image = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)
     pixels = AutoImageProcessor.from_pretrained(folder)(images=image, return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(pixels, normalise(image[None]))
+
+
+def tuned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ap: Callable[[float], float | None]) -> dict[str, Any]:
+    """What tuning from 1e-3 finds where a baseline's AP is a function of its rate, None for a run that fails."""
+
+    def run_all(runs: list[RunSettings], *_: Any, **__: Any) -> tuple[list[dict[str, Any]], list[str]]:
+        assert {run.variant for run in runs} == {"baseline"}
+        found = [(asdict(run), ap(run.learning_rate)) for run in runs]
+        trained = [(run, value) for run, value in found if value is not None]
+        results = [{"settings": run, "final": {"AP": value + run["seed"] % 2}} for run, value in trained]
+        return results, [str(run) for run, value in found if value is None]
+
+    monkeypatch.setattr(ablation, "run_all", run_all)
+    return ablation.tune_learning_rate(SETTINGS, tmp_path, 1, Console(quiet=True), None)
+
+
+def test_the_tuned_rate_has_a_worse_one_on_either_side(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    inside = tuned(monkeypatch, tmp_path, lambda rate: 50 - 1e4 * abs(rate - 1e-3))
+    assert inside["chosen"] == 1e-3
+    assert list(inside["ap"]) == [5e-4, 1e-3, 2e-3]
+    above = tuned(monkeypatch, tmp_path, lambda rate: 1e3 * rate if rate < 5e-3 else 0.0)
+    assert above["chosen"] == 4e-3
+    assert list(above["ap"]) == [5e-4, 1e-3, 2e-3, 4e-3, 8e-3]
+    below = tuned(monkeypatch, tmp_path, lambda rate: 50 - 1e4 * abs(rate - 2.5e-4))
+    assert below["chosen"] == 2.5e-4
+    assert min(below["ap"]) == 1.25e-4
+
+
+def test_a_rate_that_does_not_train_bounds_the_grid(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    found = tuned(monkeypatch, tmp_path, lambda rate: None if rate > 2e-3 else 1000 * rate)
+    assert found["chosen"] == 2e-3
+    assert len(found["failures"]) == 2
+    with pytest.raises(RuntimeError, match="no learning rate"):
+        tuned(monkeypatch, tmp_path, lambda rate: None)
+    with pytest.raises(RuntimeError, match="has a worse one on either side"):
+        tuned(monkeypatch, tmp_path, lambda rate: 1e3 * rate)
 
 
 @pytest.mark.parametrize(
