@@ -32,8 +32,8 @@ def diagnose(model: nn.Module, data: DetectionData, batch_size: int, device: tor
     """What the final metrics do not tell, in percent unless it says otherwise.
 
     AP of every decoder layer, and of the initial boxes of a wrapped model; of the last layer AP after NMS at an IoU of
-    0.7, recall at IoUs of 0.5 and 0.75, and the number of near duplicates of each truth that is found, itself included
-    (1 is the best).
+    0.7, AP if detections were ranked by their true IoU (what the boxes allow, were their scores right), recall at IoUs
+    of 0.5 and 0.75, and the number of near duplicates of each truth that is found, itself included (1 is the best).
     """
     was_training = model.training
     model.eval()
@@ -52,6 +52,7 @@ def diagnose(model: nn.Module, data: DetectionData, batch_size: int, device: tor
     return {
         "AP_by_layer": {name: coco_metrics(rows, data.coco, data.sides)["AP"] for name, rows in detections.items()},
         "AP_after_NMS": coco_metrics(without_duplicates(last), data.coco, data.sides)["AP"],
+        "AP_ranked_by_IoU": coco_metrics(ranked_by_iou(last, data.coco), data.coco, data.sides)["AP"],
         **overlaps(last, data.coco),
     }
 
@@ -64,22 +65,34 @@ def without_duplicates(detections: Detected) -> Detected:
     return detections[kept.sort().values.numpy()]
 
 
+def ious(detections: Detected, coco: dict[str, Any]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """For each truth that is no crowd: the detections in its image and of its class as indices, and their IoUs."""
+    ours: dict[tuple[int, int], list[int]] = {}
+    for index, (image, category) in enumerate(detections[:, [0, 6]].astype(int).tolist()):
+        ours.setdefault((image, category), []).append(index)
+    for truth in coco["annotations"]:
+        if not truth.get("iscrowd"):
+            rows = np.array(ours.get((truth["image_id"], truth["category_id"]), []), dtype=int)
+            box = np.array([truth["bbox"]], dtype=np.float64)
+            yield rows, coco_mask.iou(detections[rows, 1:5], box, [0])[:, 0] if len(rows) else np.zeros(0)
+
+
+def ranked_by_iou(detections: Detected, coco: dict[str, Any]) -> Detected:
+    """The detections with their best IoU to a truth of their class as score."""
+    scores = np.zeros(len(detections))
+    for rows, iou in ious(detections, coco):
+        scores[rows] = np.maximum(scores[rows], iou)
+    ranked = detections.copy()
+    ranked[:, 5] = scores
+    return ranked
+
+
 def overlaps(detections: Detected, coco: dict[str, Any]) -> dict[str, float]:
     """Recall at two IoUs in percent, and near duplicates per truth found, of truths that are no crowds."""
     best, duplicates = [], []
-    ours: dict[tuple[int, int], list[np.ndarray]] = {}
-    for row in detections:
-        ours.setdefault((int(row[0]), int(row[6])), []).append(row)
-    for truth in coco["annotations"]:
-        if truth.get("iscrowd"):
-            continue
-        rows = np.array(ours.get((truth["image_id"], truth["category_id"]), np.zeros((0, 7))))
-        if not len(rows):
-            best.append(0.0)
-            continue
-        iou = coco_mask.iou(rows[:, 1:5], np.array([truth["bbox"]], dtype=np.float64), [0])[:, 0]
-        best.append(float(iou.max()))
-        scores = rows[iou > NEAR_IOU, 5]
+    for rows, iou in ious(detections, coco):
+        best.append(float(iou.max(initial=0.0)))
+        scores = detections[rows, 5][iou > NEAR_IOU]
         if len(scores):
             duplicates.append(int((scores >= NEAR_SCORE * scores.max()).sum()))
     return {

@@ -11,7 +11,14 @@ import torch
 
 from dfine_plugin.benchmarks.detection_data import normalise
 from dfine_plugin.benchmarks.detrex_hosts import without_cuda_calls
-from dfine_plugin.benchmarks.diagnosis import INITIAL, diagnose, overlaps, predict_layers, without_duplicates
+from dfine_plugin.benchmarks.diagnosis import (
+    INITIAL,
+    diagnose,
+    overlaps,
+    predict_layers,
+    ranked_by_iou,
+    without_duplicates,
+)
 from dfine_plugin.benchmarks.evaluation import coco_metrics, detect
 from dfine_plugin.benchmarks.hosts import HOSTS
 from dfine_plugin.benchmarks.runs import RunSettings
@@ -57,6 +64,15 @@ def test_crowds_are_no_truths_to_find() -> None:
     truths = coco(TRUTH)
     truths["annotations"] += coco([60.0, 60.0, 20.0, 20.0], iscrowd=1)["annotations"]
     assert overlaps(detections, truths)["recall50"] == 100.0
+
+
+def test_ranked_by_iou_the_better_box_comes_first() -> None:
+    truths = coco(TRUTH, [60.0, 60.0, 20.0, 20.0])
+    shifted = [10.0, 14.0, 20.0, 20.0]  # IoU 16 / 24 with the first
+    detections = np.array([row(shifted, 0.9), row(TRUTH, 0.1), row(TRUTH, 0.5, category=2), row(TRUTH, 0.5, image=8)])
+    ranked = ranked_by_iou(detections, truths)
+    np.testing.assert_allclose(ranked[:, 5], [16 / 24, 1.0, 0.0, 0.0])
+    np.testing.assert_array_equal(ranked[:, :5], detections[:, :5])
 
 
 def test_suppression_is_within_an_image_and_a_class() -> None:

@@ -111,13 +111,19 @@ def test_there_is_no_verdict_before_the_baseline_has_converged() -> None:
 def test_the_diagnosis_has_each_layer_of_each_variant() -> None:
     both = [result("baseline", 0, 40.0), result("fdr", 0, 42.0)]
     for run, layers in zip(both, ({"layer 1": 30.0}, {"initial boxes": 20.0, "layer 1": 31.0}), strict=True):
-        rest = {"AP_after_NMS": 41.0, "near_duplicates": 1.25, "recall50": 90.0, "recall75": 70.0}
+        rest = {
+            "AP_after_NMS": 41.0,
+            "AP_ranked_by_IoU": 60.0,
+            "near_duplicates": 1.25,
+            "recall50": 90.0,
+            "recall75": 70.0,
+        }
         run["diagnosis"] = {"AP_by_layer": layers, **rest}
     lines = diagnosis(both)
-    assert "| variant | AP, initial boxes | AP, layer 1 | AP after NMS 0.7 |" in lines[3]
+    assert "| variant | AP, initial boxes | AP, layer 1 | AP after NMS 0.7 | AP ranked by true IoU |" in lines[3]
     assert lines[5:7] == [
-        "| baseline | - | 30.0 | 41.0 | 1.25 | 90.0 | 70.0 |",
-        "| fdr | 20.0 | 31.0 | 41.0 | 1.25 | 90.0 | 70.0 |",
+        "| baseline | - | 30.0 | 41.0 | 60.0 | 1.25 | 90.0 | 70.0 |",
+        "| fdr | 20.0 | 31.0 | 41.0 | 60.0 | 1.25 | 90.0 | 70.0 |",
     ]
     assert "baseline 2.0 %, fdr 2.0 %" in lines[-1]
 
