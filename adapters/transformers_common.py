@@ -60,7 +60,7 @@ class TransformersAdapter:
         if hasattr(model.config, SETTINGS):
             raise UnsupportedModelError(
                 f"this {name}'s config comes from a wrapped model, whose FDR weights {name}.from_pretrained does not "
-                "know. Load such a checkpoint with dfine_plugin.adapters.transformers_common.load_pretrained(path); "
+                "know. Load such a checkpoint with dfine_plugin.load_pretrained(path); "
                 f"to wrap anew, delete config.{SETTINGS} first"
             )
         if "_loss_function" in model.__dict__:

@@ -6,6 +6,7 @@
 from pathlib import Path
 
 from .boxes import decode_boxes, encode_boxes
+from .checkpoints import load_pretrained
 from .config import FDRConfig
 from .errors import DFinePluginError, InvalidTargetError, NonFiniteError, UnsupportedModelError, WrapStateError
 from .head import FDRHead
@@ -13,7 +14,7 @@ from .losses import ddf_loss, fgl_loss
 from .matching import GOLSDMatcher, union_matching
 from .registry import register_adapter, supported_hosts
 from .weighting import weighting_function
-from .wrapping import deploy, unwrap_decoder, wrap_decoder
+from .wrapping import deploy, is_wrapped, unwrap_decoder, wrap_decoder
 
 __version__ = "0.1.0"
 
@@ -36,6 +37,8 @@ __all__ = [
     "deploy",
     "encode_boxes",
     "fgl_loss",
+    "is_wrapped",
+    "load_pretrained",
     "register_adapter",
     "supported_hosts",
     "union_matching",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 
@@ -35,6 +35,27 @@ class Checkpoint(Protocol):
 
     def class_names(self) -> Mapping[int, str]:
         """From class to name, as far as the checkpoint knows them."""
+
+
+def load_pretrained(path: str | Path, **kwargs: Any) -> nn.Module:
+    """Load what ``save_pretrained`` of a wrapped transformers model wrote: wrapped with the same settings, bit for bit.
+
+    Args:
+        path: the folder.
+        kwargs: for the host's ``from_pretrained``, such as ``dtype``.
+
+    Returns:
+        The wrapped model, in evaluation mode.
+
+    Raises:
+        ValueError: the folder holds no wrapped model, or not all of its weights.
+        ImportError: transformers is not installed; names the extra.
+    """
+    try:
+        from .adapters import transformers_common
+    except ImportError as error:
+        raise ImportError(f"load_pretrained: {error}; pip install 'dfine-plugin[transformers]'") from error
+    return transformers_common.load_pretrained(path, **kwargs)
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:

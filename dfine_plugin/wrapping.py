@@ -39,6 +39,11 @@ def binding_of(model: nn.Module) -> Binding | None:
     return model.__dict__.get(_BINDING)
 
 
+def is_wrapped(model: nn.Module) -> bool:
+    """Whether :func:`wrap_decoder` has wrapped this very model, deployed since or not."""
+    return binding_of(model) is not None
+
+
 def wrap_decoder(model: Model, config: FDRConfig | None = None) -> Model:
     """Give a DETR FDR's box regression and GO-LSD's training, in place.
 

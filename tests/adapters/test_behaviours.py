@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from dfine_plugin import WrapStateError, deploy, unwrap_decoder, wrap_decoder
+from dfine_plugin import WrapStateError, deploy, is_wrapped, unwrap_decoder, wrap_decoder
 
 from .hosts import (
     Host,
@@ -77,7 +77,9 @@ def test_unwrap_gives_back_the_host_bit_for_bit(host: Host) -> None:
     model = wrap_decoder(copy.deepcopy(baseline), host.config())
     randomise_fdr(host, model)
     predict(host, model)
+    assert is_wrapped(model)
     assert unwrap_decoder(model) is model
+    assert not is_wrapped(model)
     assert_equal(host, model, baseline)
     assert list(model.state_dict()) == list(baseline.state_dict())
     if hasattr(model, "config"):

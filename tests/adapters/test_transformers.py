@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dfine_plugin import UnsupportedModelError, unwrap_decoder, wrap_decoder
-from dfine_plugin.adapters.transformers_common import load_pretrained
+from dfine_plugin import UnsupportedModelError, is_wrapped, load_pretrained, unwrap_decoder, wrap_decoder
 
 from .hosts import Host, assert_equal, build, images, labels, predict, randomise_fdr, train_step, wrapped
 
@@ -68,6 +67,7 @@ def test_save_pretrained_and_load(host: Host, tmp_path: Path) -> None:
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
     assert_equal(host, model, load_pretrained(tmp_path / "shards"))
     assert train_step(host, model) == train_step(host, loaded)
+    assert is_wrapped(loaded)
     unwrap_decoder(loaded)
 
 

@@ -25,6 +25,8 @@ NAMES = [
     "ddf_loss",
     "union_matching",
     "GOLSDMatcher",
+    "is_wrapped",
+    "load_pretrained",
 ]
 PARAMETERS = {
     "wrap_decoder": ["model", "config"],
