@@ -31,7 +31,7 @@ def train(run: RunSettings, messages: Messages, models: Any) -> Result:
     def report(step: int, metrics: dict[str, Any] | None) -> None:
         # A message is a round trip: not every step.
         if metrics or step % 5 == 0:
-            messages.put((run.key(), step, metrics and metrics["AP"]))
+            messages.put((run.key(), step, metrics["AP"] if metrics else None))
 
     return train_run(run, report, models)
 
