@@ -16,8 +16,8 @@ VERSION = 1
 class FDRConfig:
     """Settings of the FDR head and of GO-LSD.
 
-    The defaults are the best recipe known: the paper's but for ``residual_scale`` and ``lqe``, whose effect was
-    measured (``benchmarks/results``). :meth:`paper` is the paper's recipe, exactly.
+    The defaults are the best recipe measured so far (``benchmarks/results``): FDR and FGL, without GO-LSD and LQE.
+    :meth:`paper` is the paper's recipe, exactly.
 
     Attributes:
         num_bins: N, even; each edge has N + 1 bins.
@@ -46,8 +46,8 @@ class FDRConfig:
     temperature: float = 5.0
     fgl_weight: float = 0.15
     ddf_weight: float = 1.5
-    union: bool = True
-    ddf: bool = True
+    union: bool = False
+    ddf: bool = False
     residual_scale: float = 2.0
     lqe: bool = False
     box_refinement: bool = False

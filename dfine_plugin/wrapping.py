@@ -49,8 +49,9 @@ def wrap_decoder(model: Model, config: FDRConfig | None = None) -> Model:
 
     The host keeps its forward, its inputs, its outputs and the names of its parameters; its box heads after the first
     give way to the FDR head, whose parameters lie under one prefix ``…decoder.fdr.``. In training its loss dict gains
-    ``loss_fgl*`` and ``loss_ddf*`` and the losses of the initial boxes (``*_pre``), and its box losses are taken over
-    the union of all layers' matches. A baseline checkpoint loads into the wrapped model and seeds it.
+    ``loss_fgl*`` and the losses of the initial boxes (``*_pre``); with GO-LSD (``union``, ``ddf``) also ``loss_ddf*``,
+    and its box losses are taken over the union of all layers' matches. A baseline checkpoint loads into the wrapped
+    model and seeds it.
 
     Args:
         model: a host that an adapter knows; see :func:`supported_hosts`.

@@ -1,10 +1,10 @@
-"""DAB-Deformable-DETR with R50, with FDR and GO-LSD: the baseline and the wrap, nothing else."""
+"""DAB-Deformable-DETR with R50, with FDR and GO-LSD: the baseline and the paper's recipe."""
 
 from detectron2.config import LazyCall as L
 
-from dfine_plugin import wrap_decoder
+from dfine_plugin import FDRConfig, wrap_decoder
 
 from .dab_deformable_detr_r50_12ep_baseline import dataloader, lr_multiplier, model, optimizer, train
 
-model = L(wrap_decoder)(model=model)
+model = L(wrap_decoder)(model=model, config=L(FDRConfig.paper)())
 train.output_dir = dataloader.evaluator.output_dir = "./output/dab_deformable_detr_r50_12ep_dfine"

@@ -2,9 +2,9 @@
 
 from detectron2.config import LazyCall as L
 
-from dfine_plugin import wrap_decoder
+from dfine_plugin import FDRConfig, wrap_decoder
 
 from .debug_baseline import dataloader, lr_multiplier, model, optimizer, train
 
-model = L(wrap_decoder)(model=model)
+model = L(wrap_decoder)(model=model, config=L(FDRConfig.paper)())
 train.output_dir = dataloader.evaluator.output_dir = "./output/dino_debug_dfine"

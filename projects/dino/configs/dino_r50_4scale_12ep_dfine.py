@@ -1,10 +1,10 @@
-"""DINO with R50, with FDR and GO-LSD: the baseline and the wrap, nothing else."""
+"""DINO with R50, with FDR and GO-LSD: the baseline and the paper's recipe."""
 
 from detectron2.config import LazyCall as L
 
-from dfine_plugin import wrap_decoder
+from dfine_plugin import FDRConfig, wrap_decoder
 
 from .dino_r50_4scale_12ep_baseline import dataloader, lr_multiplier, model, optimizer, train
 
-model = L(wrap_decoder)(model=model)
+model = L(wrap_decoder)(model=model, config=L(FDRConfig.paper)())
 train.output_dir = dataloader.evaluator.output_dir = "./output/dino_r50_4scale_12ep_dfine"

@@ -1,10 +1,10 @@
-"""H-Deformable-DETR, two-stage with R50, with FDR and GO-LSD: the baseline and the wrap, nothing else."""
+"""H-Deformable-DETR, two-stage with R50, with FDR and GO-LSD: the baseline and the paper's recipe."""
 
 from detectron2.config import LazyCall as L
 
-from dfine_plugin import wrap_decoder
+from dfine_plugin import FDRConfig, wrap_decoder
 
 from .h_deformable_detr_r50_two_stage_12ep_baseline import dataloader, lr_multiplier, model, optimizer, train
 
-model = L(wrap_decoder)(model=model)
+model = L(wrap_decoder)(model=model, config=L(FDRConfig.paper)())
 train.output_dir = dataloader.evaluator.output_dir = "./output/h_deformable_detr_r50_two_stage_12ep_dfine"
