@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,7 @@ from torchvision.ops import batched_nms, box_convert
 
 from dfine_plugin.benchmarks.detection_data import DetectionData, normalise
 from dfine_plugin.benchmarks.evaluation import Detected, coco_metrics, read_out
-from dfine_plugin.record import FDRRecord, current_record
-from dfine_plugin.wrapping import binding_of
+from dfine_plugin.wrapping import is_wrapped, keep_records
 
 NMS_IOU = 0.7
 NEAR_IOU, NEAR_SCORE = 0.5, 0.5
@@ -108,9 +107,8 @@ def predict_layers(model: Any, pixels: Tensor, labels: list[dict[str, Tensor]]) 
     model: in evaluation mode. labels: the images', which hosts want to see before they make losses.
     """
     detector = getattr(model, "detector", model)
-    records: list[FDRRecord] = []
     capture = _losses_of_detrex if detector is not model else _losses_of_transformers
-    with capture(detector) as found, _records(detector, records):
+    with capture(detector) as found, keep_records(detector) if is_wrapped(detector) else nullcontext([]) as records:
         model(pixel_values=pixels, labels=labels)
     logits, boxes = found
     layers = {f"layer {index}": pair for index, pair in enumerate(zip(logits, boxes, strict=True), start=1)}
@@ -122,19 +120,6 @@ def predict_layers(model: Any, pixels: Tensor, labels: list[dict[str, Tensor]]) 
         assert record.initial_logits is not None
         layers = {INITIAL: (record.initial_logits, record.initial_boxes), **layers}
     return layers
-
-
-@contextmanager
-def _records(detector: nn.Module, records: list[FDRRecord]) -> Iterator[None]:
-    if binding_of(detector) is None:
-        yield
-        return
-    # before all other hooks of the forward's end, of which the model's own closes the scope
-    hook = detector.register_forward_hook(lambda *_: records.append(current_record()), prepend=True)
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 @contextmanager

@@ -193,14 +193,14 @@ def diagnosis(results: Sequence[Result]) -> list[str]:
 def closing_lines(results: Sequence[Result]) -> list[str]:
     """One sentence a variant: its gain with the interval, and what that shows, if the baseline allows a verdict."""
     lines = []
-    growth = late_growth(results)
+    converged, growth = has_converged(results), late_growth(results)
     share = "" if growth is None else f": the baseline's AP grew by {100 * growth:.0f} % of itself in the last quarter"
     for variant in variants_of(results):
         difference = gain(results, variant)
         if variant == BASELINE or difference is None:
             continue
         seeds = len(difference.differences)
-        if not has_converged(results):
+        if not converged:
             verdict = f"not converged, no verdict{share}"
         elif difference.half_width is None:
             verdict = "one seed gives no interval: this says nothing about a gain"

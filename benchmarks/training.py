@@ -83,6 +83,7 @@ class Recorder(TrainerCallback):
         # A ramp as long as the average's own memory.
         self.ema = make_ema(model, settings.ema_decay, 1 / (1 - settings.ema_decay))
         self.curve: list[dict[str, Any]] = []
+        self.diagnosis: dict[str, Any] | None = None
         self.step_seconds: list[float] = []
         self.due = set(settings.evaluation_steps())
 
@@ -107,6 +108,10 @@ class Recorder(TrainerCallback):
             self.report(state.global_step, metrics)
         self.started = time.perf_counter()
 
+    def on_train_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.diagnosis = diagnose(self.ema.module, self.data, 50, args.device)
+
 
 def train_run(settings: RunSettings, report: Report | None = None, models: Path | None = None) -> Result:
     """Train and evaluate; the result holds settings, the AP curve, the loss curve, times and the final metrics.
@@ -117,7 +122,6 @@ def train_run(settings: RunSettings, report: Report | None = None, models: Path 
     val = load_data(settings.data, "val", settings.image_size, settings.val_images)
     model = build_model(settings, train.class_names)
     recorder = Recorder(model, settings, val, report)
-    on_a_cpu = settings.device == "cpu" and HOSTS[settings.host].calls_cuda
     with tempfile.TemporaryDirectory() as scratch:
         trainer = DetectionTrainer(
             model=model,
@@ -127,22 +131,19 @@ def train_run(settings: RunSettings, report: Report | None = None, models: Path 
             callbacks=[recorder],
         )
         trainer.remove_callback(PrinterCallback)
+        on_a_cpu = settings.device == "cpu" and HOSTS[settings.host].calls_cuda
         with without_cuda_calls() if on_a_cpu else nullcontext():
             trainer.train()
     losses = [entry for entry in trainer.state.log_history if "loss" in entry]
     if not all(math.isfinite(entry["loss"]) for entry in losses):
         raise RuntimeError(f"{settings.key()}: the loss is not finite")
-    diagnosis = None
-    if trainer.is_world_process_zero():
-        with without_cuda_calls() if on_a_cpu else nullcontext():
-            diagnosis = diagnose(recorder.ema.module, val, 50, trainer.args.device)
     if models is not None and trainer.is_world_process_zero():
         save_model(models, settings, recorder.ema.module)
     return {
         "settings": asdict(settings),
         "fdr": fdr_settings(settings.variant),
         "final": recorder.curve[-1] if recorder.curve else None,
-        "diagnosis": diagnosis,
+        "diagnosis": recorder.diagnosis,
         "curve": recorder.curve,
         "losses": [{key: entry.get(key) for key in ("step", "loss", "grad_norm", "learning_rate")} for entry in losses],
         "parameters": sum(p.numel() for p in model.parameters()),

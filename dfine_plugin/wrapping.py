@@ -1,6 +1,7 @@
 """The verbs: wrap a host, unwrap it, deploy it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -145,14 +146,21 @@ def predict_distributions(model: nn.Module, images: Tensor) -> tuple[Tensor, Ten
         raise WrapStateError("a deployed model keeps no record of its distributions; take it as it was before deploy")
     if model.training:
         raise WrapStateError("predict_distributions takes a model in evaluation mode; call model.eval() first")
+    with keep_records(model) as records:
+        logits, boxes = binding.adapter.detector(model)(images)
+    return logits, boxes, records[0]
+
+
+@contextmanager
+def keep_records(model: nn.Module) -> Iterator[list[FDRRecord]]:
+    """The records of a wrapped model's forwards, as they end; nothing of them stays with the model."""
     records: list[FDRRecord] = []
     # before all other hooks of the forward's end, of which the model's own closes the scope
     hook = model.register_forward_hook(lambda *_: records.append(current_record()), prepend=True)
     try:
-        logits, boxes = binding.adapter.detector(model)(images)
+        yield records
     finally:
         hook.remove()
-    return logits, boxes, records[0]
 
 
 def _begin_forward(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

@@ -19,6 +19,8 @@ from typing import Annotated
 
 import typer
 
+from dfine_plugin.benchmarks.report import table_header, table_row
+
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 KINDS = ("baseline", "dfine")
 FINISHED = "model_final.pth"
@@ -69,7 +71,7 @@ def table(output: Path) -> str:
     """Our rows beside the paper's as Markdown, from the output folders in `output`."""
     header = ["host", *(f"{name}, baseline" for name in METRICS[:3]), *(f"{name}, plugin" for name in METRICS[:3])]
     header += ["our gain in AP", "the paper's"]
-    lines = [" | ".join(["", *header, ""]).strip(), " | ".join(["", *["---"] * len(header), ""]).strip()]
+    lines = table_header(header)
     unfinished = []
     for row in ROWS:
         found: Mapping[str, tuple[dict[str, float], bool] | None] = {
@@ -84,7 +86,7 @@ def table(output: Path) -> str:
         baseline, plugin = (found[kind] for kind in KINDS)
         both = baseline is not None and plugin is not None
         cells += [f"{plugin[0]['AP'] - baseline[0]['AP']:+.1f}" if both else "-"]  # type: ignore[index]
-        lines.append(" | ".join(["", *cells, row.paper or "-", ""]).strip())
+        lines.append(table_row([*cells, row.paper or "-"]))
     if unfinished:
         lines += ["", f"Not at the end of their schedule: {', '.join(unfinished)}."]
     return "\n".join(lines)

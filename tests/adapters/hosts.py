@@ -15,6 +15,12 @@ NUM_LAYERS = 3
 IMAGE_SIZE = 64
 
 
+def default_settings() -> dict[str, Any]:
+    """What :class:`FDRConfig` chooses by default, where it departs from the paper."""
+    default, paper = FDRConfig().to_dict(), FDRConfig.paper().to_dict()
+    return {name: value for name, value in default.items() if value != paper[name]}
+
+
 @dataclass(frozen=True)
 class Host(ABC):
     """One row: how to build the host, how to run it, and what is special about it."""

@@ -16,7 +16,7 @@ from dfine_plugin import FDRConfig, unwrap_decoder, wrap_decoder
 from . import slow_loop as slow
 from .detrex_hosts import batched_inputs
 from .gradients import assert_same_gradients
-from .hosts import Host, build, images, labels, randomise_fdr
+from .hosts import Host, build, default_settings, images, labels, randomise_fdr
 
 EPS = 1e-3  # of detrex's inverse_sigmoid
 
@@ -238,12 +238,6 @@ def slow_losses(
         add_set("_dn_pre", part.initial_logits, part.initial_boxes, truths, known, known, n, n)
         losses.update(slow.distribution_terms(names, part, truths, [known] * len(names), n, config))
     return losses
-
-
-def default_settings() -> dict[str, Any]:
-    """What :class:`FDRConfig` chooses by default, where it departs from the paper."""
-    default, paper = FDRConfig().to_dict(), FDRConfig.paper().to_dict()
-    return {name: value for name, value in default.items() if value != paper[name]}
 
 
 @pytest.mark.parametrize(

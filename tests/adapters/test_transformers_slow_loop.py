@@ -12,7 +12,7 @@ from dfine_plugin import FDRConfig, wrap_decoder
 
 from . import slow_loop as slow
 from .gradients import assert_same_gradients
-from .hosts import Host, build, images, labels, randomise_fdr
+from .hosts import Host, build, default_settings, images, labels, randomise_fdr
 
 
 @pytest.fixture
@@ -146,12 +146,6 @@ def slow_losses(
         add_set("_dn_pre", noisy.initial_logits, noisy.initial_boxes, known, known, n, n)
         losses.update(slow.distribution_terms(names, noisy, targets, [known] * num_layers, n, config))
     return losses
-
-
-def default_settings() -> dict[str, Any]:
-    """What :class:`FDRConfig` chooses by default, where it departs from the paper."""
-    default, paper = FDRConfig().to_dict(), FDRConfig.paper().to_dict()
-    return {name: value for name, value in default.items() if value != paper[name]}
 
 
 @pytest.mark.parametrize(
