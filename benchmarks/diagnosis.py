@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from torchvision.ops import batched_nms, box_convert
 
 from dfine_plugin.benchmarks.detection_data import DetectionData, normalise
 from dfine_plugin.benchmarks.evaluation import Detected, coco_metrics, read_out
+from dfine_plugin.record import FDRRecord
 from dfine_plugin.wrapping import is_wrapped, keep_records
 
 NMS_IOU = 0.7
@@ -108,7 +109,8 @@ def predict_layers(model: Any, pixels: Tensor, labels: list[dict[str, Tensor]]) 
     """
     detector = getattr(model, "detector", model)
     capture = _losses_of_detrex if detector is not model else _losses_of_transformers
-    with capture(detector) as found, keep_records(detector) if is_wrapped(detector) else nullcontext([]) as records:
+    keep: AbstractContextManager[list[FDRRecord]] = keep_records(detector) if is_wrapped(detector) else nullcontext([])
+    with capture(detector) as found, keep as records:
         model(pixel_values=pixels, labels=labels)
     logits, boxes = found
     layers = {f"layer {index}": pair for index, pair in enumerate(zip(logits, boxes, strict=True), start=1)}
