@@ -17,9 +17,11 @@ from dfine_plugin.criterion import (
     flatten_pairs,
     mean_over_processes,
 )
+from dfine_plugin.head import locate_initial_boxes
 from dfine_plugin.matching import GOLSDMatcher, Pairs, union_matching
 from dfine_plugin.record import FDRRecord, current_scope
 from dfine_plugin.validation import FiniteCheck, check_finite
+from dfine_plugin.wrapping import binding_of
 
 Host = Any
 """A host model whose parts are found by their names, which differ from host to host: beyond a type checker."""
@@ -34,12 +36,14 @@ class Retired:
         attributes: what was replaced as a whole (such as a ModuleList, or None where there was none), by dotted name.
         classes: the host's classes of modules that became another class, by their dotted names.
         load_hook: what seeds the model from a baseline's state dict.
+        box_heads: what the host's layers after the first one reported boxes by; none where it does not refine.
     """
 
     modules: dict[str, nn.Module] = field(default_factory=dict)
     attributes: dict[str, Any] = field(default_factory=dict)
     classes: dict[str, type[nn.Module]] = field(default_factory=dict)
     load_hook: Any = None
+    box_heads: list[nn.Module] = field(default_factory=list)
 
     def replace(self, model: Host, name: str, value: Any) -> None:
         """Set the model's attribute of this dotted name, and keep what it was."""
@@ -61,6 +65,14 @@ class Retired:
             setattr(model.get_submodule(parent), attribute, value)
         for name, host_class in self.classes.items():
             recast(model.get_submodule(name), host_class)
+
+
+def host_box(model: Host, layer: int, hidden_states: Tensor, reference: Tensor) -> Tensor:
+    """What the retired box head of a decoder layer, not the first, makes of ``(B, Q, C)`` states and references."""
+    binding = binding_of(model)
+    assert binding is not None
+    head = binding.retired.box_heads[layer - 1].to(hidden_states)
+    return locate_initial_boxes(head(hidden_states), reference)
 
 
 def recast(module: nn.Module, twin: type[nn.Module]) -> type[nn.Module]:

@@ -278,6 +278,8 @@ class DetrexAdapter:
     """From each host decoder class to its subclass with :class:`RefiningDecoder`."""
     criterion_classes: ClassVar[dict[type[nn.Module], type[GOLSDCriterion]]]
     """From each host criterion class to its subclass with :class:`GOLSDCriterion`."""
+    reported_norm: ClassVar[str | None] = None
+    """The decoder's norm of the states that the model reports boxes from, where it has one (or None) by that name."""
 
     def check(self, model: Host, config: FDRConfig) -> None:
         """See :class:`~dfine_plugin.registry.Adapter`."""
@@ -356,6 +358,13 @@ class DetrexAdapter:
     def denoising_parameters(self, model: Host) -> list[Tensor]:
         """Parameters that the host leaves without a gradient where a batch holds no truth."""
         return []
+
+    def host_boxes(self, model: Host, layer: int, hidden_states: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+        """See :class:`~dfine_plugin.registry.Adapter`."""
+        norm = getattr(model.transformer.decoder, self.reported_norm or "", None) or nn.Identity()
+        states = hidden_states, norm(hidden_states)
+        next_reference, reported = (common.host_box(model, layer, state, reference) for state in states)
+        return next_reference, reported
 
     def detector(self, model: Host) -> nn.Module:
         """See :class:`~dfine_plugin.registry.Adapter`."""

@@ -65,10 +65,13 @@ class QueriesFirstDecoder(common.RefiningDecoder):
 class SharedBoxHeadAdapter(common.DetrexAdapter):
     """Base of the adapters for hosts with one box head. It stays, to locate the initial boxes: nothing retires."""
 
+    reported_norm = "post_norm_layer"
+
     def first_box_head(self, model: Any) -> nn.Module:
         return model.bbox_embed
 
     def attach_heads(self, model: Any, num_layers: int, retired: adapters.Retired) -> None:
+        retired.box_heads = [model.bbox_embed] * (num_layers - 1)
         for name, twin in (
             (f"{common.DECODER}.bbox_embed", SharedRefiningBoxHead),
             ("bbox_embed", StackedBoxHead),

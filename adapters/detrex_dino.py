@@ -35,3 +35,4 @@ class DINOAdapter(common.DetrexAdapter):
 
     decoder_classes: ClassVar = {DINOTransformerDecoder: FDRDINODecoder}
     criterion_classes: ClassVar = {DINOCriterion: GOLSDDINOCriterion}
+    reported_norm = "norm"

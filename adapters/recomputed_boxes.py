@@ -117,6 +117,7 @@ def replace_heads(model: Host, decoder: str, num_layers: int, decoder_heads: lis
         retired.modules[f"bbox_embed.{level}"] = boxes[level]
         if own is not None:
             retired.modules[f"{decoder}.bbox_embed.{level}"] = own[level]
+            retired.box_heads.append(boxes[level])
         recorded.append(RecordedBoxHead())
         recorded[-1].level = level
     encoder = [] if own is None else own[num_layers:]

@@ -108,6 +108,11 @@ class TransformersAdapter:
             check_targets(labels, model.config.num_labels, labels_key="class_labels", boxes_key="boxes")
         return labels
 
+    def host_boxes(self, model: Host, layer: int, hidden_states: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+        """See :class:`~dfine_plugin.registry.Adapter`."""
+        box = common.host_box(model, layer, hidden_states, reference)
+        return box, box
+
     def detector(self, model: Host) -> nn.Module:
         """See :class:`~dfine_plugin.registry.Adapter`."""
         return TransformersDetector(model)

@@ -231,6 +231,7 @@ class RTDetrAdapter(hf.TransformersAdapter):
 
     def attach_heads(self, model: common.Host, config: FDRConfig, retired: hf.Retired) -> None:
         later = range(1, len(model.model.decoder.layers))
+        retired.box_heads = [model.model.decoder.bbox_embed[i] for i in later]
         lists = ["model.decoder.bbox_embed"]
         if hasattr(model, "bbox_embed"):  # RT-DETRv2 declares every head a second time
             lists.append("bbox_embed")

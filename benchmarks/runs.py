@@ -52,6 +52,20 @@ class RunSettings:
         return sorted({max(1, self.steps * i // self.evaluations) for i in range(1, self.evaluations + 1)})
 
 
+@dataclass(frozen=True)
+class RetrofitSettings(RunSettings):
+    """A run that starts from a trained host: the folder that `save_pretrained` wrote, or the name of a shipped one.
+
+    `evaluate_at` are steps, 0 for before the first one; the last step is evaluated always.
+    """
+
+    trained: str = ""
+    evaluate_at: tuple[int, ...] = (0, 100, 200, 400, 1000)
+
+    def evaluation_steps(self) -> list[int]:
+        return sorted({*(step for step in self.evaluate_at if step < self.steps), self.steps})
+
+
 def code_digest() -> str:
     """A digest of the installed plugin's sources: tells results of different states of the code apart."""
     import dfine_plugin

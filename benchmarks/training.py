@@ -21,19 +21,23 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import set_seed
 
+from dfine_plugin import FDRConfig, calibrate, wrap_decoder
 from dfine_plugin.benchmarks.coco_data import read_split
-from dfine_plugin.benchmarks.detection_data import DetectionData, TrainingView, collate
+from dfine_plugin.benchmarks.detection_data import DetectionData, TrainingView, collate, normalise
 from dfine_plugin.benchmarks.detrex_hosts import without_cuda_calls
 from dfine_plugin.benchmarks.diagnosis import diagnose
 from dfine_plugin.benchmarks.ema import make_ema
 from dfine_plugin.benchmarks.evaluation import coco_metrics, detect
 from dfine_plugin.benchmarks.hosts import HOSTS, build_host
-from dfine_plugin.benchmarks.runs import Result, RunSettings, code_digest, save_model
+from dfine_plugin.benchmarks.runs import Result, RetrofitSettings, RunSettings, code_digest, save_model
 from dfine_plugin.benchmarks.shapes import make_shapes
-from dfine_plugin.benchmarks.variants import fdr_settings
+from dfine_plugin.benchmarks.trained_hosts import load_trained
+from dfine_plugin.benchmarks.variants import fdr_settings, is_calibrated
 
 # Seeds of the embedded data: the same images for every run, and none of them in both splits.
 SHAPES_SEEDS = {"train": 0, "val": 1}
+
+CALIBRATION_IMAGES = 256
 
 # Called with the number of steps done, and with the metrics where an evaluation has just been made.
 Report = Callable[[int, dict[str, Any] | None], None]
@@ -47,17 +51,22 @@ def load_data(data: str, split: str, image_size: int, images: int) -> DetectionD
     return read_split(Path(data), split, image_size, image_size)
 
 
-def build_model(settings: RunSettings, class_names: list[str]) -> nn.Module:
-    """The host with the seed's weights, then wrapped if the variant asks for it."""
+def build_model(settings: RunSettings, data: DetectionData) -> nn.Module:
+    """The host with the seed's weights, or a trained one; then wrapped, and calibrated, if the variant asks for it."""
     set_seed(settings.seed)
-    model = build_host(settings.host, class_names, settings.num_queries)
+    if isinstance(settings, RetrofitSettings):
+        model = load_trained(settings.trained, data.class_names)
+    else:
+        model = build_host(settings.host, data.class_names, settings.num_queries)
     fdr = fdr_settings(settings.variant)
     if fdr is not None:
-        from dfine_plugin import FDRConfig, wrap_decoder
-
         wrap_decoder(getattr(model, "detector", model), FDRConfig(**fdr))
     # Convolutions on a CPU are some 10 % faster so.
-    return model.to(memory_format=torch.channels_last)
+    model = model.to(settings.device).to(memory_format=torch.channels_last)
+    if is_calibrated(settings.variant):
+        images = data.images[:CALIBRATION_IMAGES].split(settings.batch_size)
+        calibrate(model, (normalise(batch) for batch in images), progress=False)
+    return model
 
 
 class DetectionTrainer(Trainer):
@@ -88,9 +97,11 @@ class Recorder(TrainerCallback):
         self.due = set(settings.evaluation_steps())
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        self.ema.to(args.device)
+        if 0 in self.due and state.is_world_process_zero:
+            self._evaluate(0, args.device)
         # The wrap has drawn random numbers for its own weights: start the two twins from the same state again.
         set_seed(self.settings.seed)
-        self.ema.to(args.device)
         self.started = time.perf_counter()
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
@@ -101,12 +112,16 @@ class Recorder(TrainerCallback):
         self.step_seconds.append(time.perf_counter() - self.started)
         metrics = None
         if state.global_step in self.due and state.is_world_process_zero:
-            detections = detect(self.ema.module, self.data, 50, args.device)
-            metrics = coco_metrics(detections, self.data.coco, self.data.sides)
-            self.curve.append({"step": state.global_step, "seconds": sum(self.step_seconds), **metrics})
+            metrics = self._evaluate(state.global_step, args.device)
         if self.report and state.is_world_process_zero:
             self.report(state.global_step, metrics)
         self.started = time.perf_counter()
+
+    def _evaluate(self, step: int, device: torch.device) -> dict[str, Any]:
+        detections = detect(self.ema.module, self.data, 50, device)
+        metrics = coco_metrics(detections, self.data.coco, self.data.sides)
+        self.curve.append({"step": step, "seconds": sum(self.step_seconds), **metrics})
+        return metrics
 
     def on_train_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
@@ -120,7 +135,7 @@ def train_run(settings: RunSettings, report: Report | None = None, models: Path 
     """
     train = load_data(settings.data, "train", settings.image_size, settings.train_images)
     val = load_data(settings.data, "val", settings.image_size, settings.val_images)
-    model = build_model(settings, train.class_names)
+    model = build_model(settings, train)
     recorder = Recorder(model, settings, val, report)
     with tempfile.TemporaryDirectory() as scratch:
         trainer = DetectionTrainer(
@@ -131,8 +146,8 @@ def train_run(settings: RunSettings, report: Report | None = None, models: Path 
             callbacks=[recorder],
         )
         trainer.remove_callback(PrinterCallback)
-        on_a_cpu = settings.device == "cpu" and HOSTS[settings.host].calls_cuda
-        with without_cuda_calls() if on_a_cpu else nullcontext():
+        calls_cuda = settings.host in HOSTS and HOSTS[settings.host].calls_cuda
+        with without_cuda_calls() if calls_cuda and settings.device == "cpu" else nullcontext():
             trainer.train()
     losses = [entry for entry in trainer.state.log_history if "loss" in entry]
     if not all(math.isfinite(entry["loss"]) for entry in losses):

@@ -8,6 +8,13 @@ fdr+go-lsd                              the default with both
 fdr+go-lsd:num_bins=16,a=0.25           with other settings of FDRConfig
 N=16   a=0.25,c=0.5   T=2               the paper's Table 4, short for paper:...
 uniform   lqe   no-lqe                  the paper's with uniform bins, with or without LQE
+
+The rows of the retrofit, where the host is a trained one, with settings behind a colon as well:
+
+baseline                                the host trained on
+wrapped                                 the default, its FDR head fresh
+calibrated                              the default, its FDR head calibrated before the first step
+head                                    the same, and nothing but the FDR head is trained
 """
 
 from __future__ import annotations
@@ -30,15 +37,25 @@ _NAMED: dict[str, dict[str, Any]] = {
     "lqe": {**_PAPER, "lqe": True},
     "no-lqe": {**_PAPER, "lqe": False},
 }
+_RETROFIT: dict[str, dict[str, Any]] = {"wrapped": {}, "calibrated": {}, "head": {"trainable": "head"}}
+_CALIBRATED = ("calibrated", "head")
 _SHORT = {"N": "num_bins", "T": "temperature"}
 
 
-def parse_variants(text: str) -> list[str]:
+def parse_variants(text: str, retrofit: bool = False) -> list[str]:
     """The rows in `text`, parted by blanks or semicolons (commas part the settings within a row), checked, in order."""
     rows = list(dict.fromkeys(text.replace(";", " ").split()))
     for row in rows:
         fdr_settings(row)
+        if row != BASELINE and (row.partition(":")[0] in _RETROFIT) != retrofit:
+            known = ", ".join(_RETROFIT if retrofit else _NAMED)
+            raise ValueError(f"{row!r} is no row of this comparison: {BASELINE}, {known}")
     return rows
+
+
+def is_calibrated(row: str) -> bool:
+    """Whether a row of the retrofit calibrates the FDR head before it trains."""
+    return row.partition(":")[0] in _CALIBRATED
 
 
 def fdr_settings(row: str) -> dict[str, Any] | None:
@@ -48,9 +65,10 @@ def fdr_settings(row: str) -> dict[str, Any] | None:
     name, _, settings = row.partition(":")
     if not settings and "=" in name:
         name, settings = "paper", name
-    if name not in _NAMED:
+    named = _NAMED | _RETROFIT
+    if name not in named:
         raise ValueError(f"unknown variant {row!r}: {BASELINE}, {', '.join(_NAMED)} or settings such as N=16")
-    result = dict(_NAMED[name])
+    result = dict(named[name])
     for setting in filter(None, settings.split(",")):
         key, equals, value = setting.partition("=")
         if not equals:

@@ -6,6 +6,7 @@
 from pathlib import Path
 
 from .boxes import decode_boxes, encode_boxes
+from .calibration import calibrate
 from .checkpoints import load_pretrained
 from .config import FDRConfig
 from .errors import DFinePluginError, InvalidTargetError, NonFiniteError, UnsupportedModelError, WrapStateError
@@ -32,6 +33,7 @@ __all__ = [
     "NonFiniteError",
     "UnsupportedModelError",
     "WrapStateError",
+    "calibrate",
     "ddf_loss",
     "decode_boxes",
     "deploy",

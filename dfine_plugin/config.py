@@ -32,6 +32,8 @@ class FDRConfig:
             1 is the paper's; schedules too short for the paper's head to leave the initial boxes need more.
         lqe: add a quality estimated from the shape of the distributions to the class logits, as the paper does. Off: no
             difference was measured that would pay for its parameters.
+        trainable: ``"all"``, or ``"head"``: the FDR head alone learns, and the host stays as it is, its BatchNorms'
+            statistics included.
         box_refinement: consent to wrap a host that does not refine its reference points from layer to layer. FDR
             does, so wrapping such a host changes what its decoder layers attend to.
 
@@ -50,12 +52,15 @@ class FDRConfig:
     ddf: bool = False
     residual_scale: float = 2.0
     lqe: bool = False
+    trainable: str = "all"
     box_refinement: bool = False
 
     def __post_init__(self) -> None:
         check_bins(self.num_bins, self.a, self.c)
         if self.weighting not in ("nonuniform", "uniform"):
             raise ValueError(f"weighting must be 'nonuniform' or 'uniform', got {self.weighting!r}")
+        if self.trainable not in ("all", "head"):
+            raise ValueError(f"trainable must be 'all' or 'head', got {self.trainable!r}")
         check_number("temperature", self.temperature, above=0)
         check_number("residual_scale", self.residual_scale, above=0)
         check_number("fgl_weight", self.fgl_weight, least=0)

@@ -5,7 +5,7 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
-from torch import nn
+from torch import Tensor, nn
 
 from .config import FDRConfig
 from .errors import UnsupportedModelError
@@ -35,6 +35,13 @@ class Adapter(Protocol):
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Look at a forward's arguments before the host does: raise :class:`InvalidTargetError` on ground truths that
         no loss can use, and leave in the scope what the loss will need of them."""
+
+    def host_boxes(
+        self, model: nn.Module, layer: int, hidden_states: Tensor, reference: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What the host itself would do, with the box heads that it was wrapped with: the reference boxes that its
+        decoder would go on with after layer ``layer`` (from 0, not the first), and the boxes that it would report, both
+        ``(B, Q, 4)`` cxcywh, from the layer's output ``(B, Q, C)`` and the reference boxes before it."""
 
     def detector(self, model: nn.Module) -> nn.Module:
         """The model, wrapped or not, as a function of tensors for inference: images ``(B, 3, H, W)`` as the host takes

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
 from .config import FDRConfig
@@ -21,12 +22,16 @@ _BINDING = "_fdr_binding"
 
 @dataclass
 class Binding:
-    """What ties a wrapped model to the plugin: kept on the model as a plain attribute, copied and pickled with it."""
+    """What ties a wrapped model to the plugin: kept on the model as a plain attribute, copied and pickled with it.
+
+    `frozen` names the host's parameters that were trainable, where the head alone is to learn.
+    """
 
     adapter: Adapter
     config: FDRConfig
     retired: Any
     hooks: tuple[RemovableHandle, ...]
+    frozen: list[str]
     deployed: bool = False
 
     def remove_hooks(self) -> None:
@@ -75,11 +80,12 @@ def wrap_decoder(model: Model, config: FDRConfig | None = None) -> Model:
     adapter = find_adapter(model)
     adapter.check(model, config)
     retired = adapter.attach(model, config)
+    frozen = _freeze_host(model, adapter) if config.trainable == "head" else []
     hooks = (
         model.register_forward_pre_hook(_begin_forward, prepend=True, with_kwargs=True),
         model.register_forward_hook(_end_forward, always_call=True),
     )
-    model.__dict__[_BINDING] = Binding(adapter=adapter, config=config, retired=retired, hooks=hooks)
+    model.__dict__[_BINDING] = Binding(adapter, config, retired, hooks, frozen)
     return model
 
 
@@ -99,6 +105,9 @@ def unwrap_decoder(model: Model) -> Model:
     if binding.deployed:
         raise WrapStateError("a deployed model cannot be unwrapped: the host's training parts are gone")
     binding.remove_hooks()
+    parameters = dict(model.named_parameters())
+    for name in binding.frozen:
+        parameters[name].requires_grad = True
     binding.adapter.detach(model, binding.retired)
     del model.__dict__[_BINDING]
     return model
@@ -163,11 +172,24 @@ def keep_records(model: nn.Module) -> Iterator[list[FDRRecord]]:
         hook.remove()
 
 
+def _freeze_host(model: nn.Module, adapter: Adapter) -> list[str]:
+    """Let the FDR head's parameters alone be trainable; the names of those that were and are no more."""
+    head = f"{adapter.decoder}.fdr."
+    frozen = [name for name, p in model.named_parameters() if p.requires_grad and not name.startswith(head)]
+    for name in frozen:
+        model.get_parameter(name).requires_grad = False
+    return frozen
+
+
 def _begin_forward(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     # First of all hooks, and the scope before the checks: _end_forward runs, and closes it, whatever raises after this.
     open_scope()
     binding = binding_of(model)
     assert binding is not None
+    if binding.config.trainable == "head":
+        for module in model.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
     binding.adapter.begin(model, args, kwargs)
 
 

@@ -1,0 +1,101 @@
+"""Small trained hosts that come with the package, to try it on: for the retrofit, tests, examples.
+
+    python -m dfine_plugin.benchmarks.trained_hosts
+
+trains them anew on the embedded data, as the ablation trains its baselines, and writes each to its folder in `trained`
+as float16 safetensors, with the command, the AP and the digest of the weights in `trained.json`. Loaded, they are
+float32.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from torch import nn
+
+from dfine_plugin.benchmarks.runs import RunSettings, write_json
+
+TRAINED = Path(__file__).parent / "trained"
+SEED = 100  # of none of the comparisons
+STEPS = {"rt-detr": 1500, "deformable-detr": 2000}
+
+
+def load_trained(name_or_folder: str, class_names: list[str] | None = None) -> nn.Module:
+    """A trained transformers host in float32: one of :data:`STEPS`, or what `save_pretrained` wrote to a folder.
+
+    With `class_names` other than its own it gets new class heads, drawn at random.
+
+    Raises:
+        ValueError: there is no such host.
+    """
+    import transformers
+
+    folder = TRAINED / name_or_folder if name_or_folder in STEPS else Path(name_or_folder)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{name_or_folder} is neither one of {', '.join(STEPS)} nor a folder with a trained host")
+    config = transformers.AutoConfig.from_pretrained(folder)
+    if class_names is not None and list(config.id2label.values()) != class_names:
+        config.id2label = dict(enumerate(class_names))
+        config.label2id = {name: index for index, name in enumerate(class_names)}
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # it would list the class heads that do not fit
+    try:
+        host_class = getattr(transformers, config.architectures[0])
+        return host_class.from_pretrained(folder, config=config, dtype=torch.float32, ignore_mismatched_sizes=True)
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+
+
+def train(name: str, output: Path) -> dict[str, Any]:
+    """Train the host of this name, write it to its folder in `output`, and return what there is to know of it."""
+    from dfine_plugin.benchmarks.evaluation import coco_metrics, detect
+    from dfine_plugin.benchmarks.hosts import HOSTS
+    from dfine_plugin.benchmarks.training import load_data, train_run
+    from dfine_plugin.benchmarks.variants import BASELINE
+
+    rate = HOSTS[name].learning_rate
+    settings = RunSettings(name, BASELINE, SEED, "shapes", 96, STEPS[name], 16, rate, clip_norm=HOSTS[name].clip_norm)
+    with tempfile.TemporaryDirectory() as scratch:
+        train_run(settings, models=Path(scratch))
+        (folder,) = Path(scratch).iterdir()
+        model: Any = load_trained(str(folder))
+        model.half().save_pretrained(output / name)
+        preprocessing = "preprocessor_config.json"
+        (output / name / preprocessing).write_bytes((folder / preprocessing).read_bytes())
+    data = load_data("shapes", "val", settings.image_size, settings.val_images)
+    metrics = coco_metrics(detect(load_trained(str(output / name)), data, 50, torch.device("cpu")), data.coco)
+    weights = (output / name / "model.safetensors").read_bytes()
+    return {
+        "AP": {key: round(metrics[key], 2) for key in ("AP", "AP50", "AP75", "AP90")},
+        "sha256": hashlib.sha256(weights).hexdigest(),
+        "bytes": len(weights),
+        "steps": settings.steps,
+        "learning_rate": rate,
+        "seed": SEED,
+    }
+
+
+def main(
+    hosts: Annotated[list[str] | None, typer.Argument(help=f"of {', '.join(STEPS)}; default: all")] = None,
+    output: Annotated[Path, typer.Option(help="where the folders go")] = TRAINED,
+) -> None:
+    """Train the hosts that come with the package."""
+    console = Console()
+    torch.set_num_threads(1)
+    facts = output / "trained.json"
+    found = json.loads(facts.read_text()) if facts.is_file() else {}
+    for name in hosts or STEPS:
+        found[name] = train(name, output)
+        write_json(facts, found)
+        console.print(f"{name}: {json.dumps(found[name])}", markup=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)

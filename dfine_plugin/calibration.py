@@ -1,0 +1,220 @@
+"""A trained host teaches its fresh FDR head: the host's own boxes on images without labels."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .boxes import aligned_iou, at_least_float32
+from .errors import WrapStateError
+from .head import FDRHead, Refinement
+from .losses import fgl_loss
+from .wrapping import binding_of
+
+QUERIES_PER_IMAGE = 100
+"""How many queries of an image, the most confident ones, the head learns from."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What :func:`calibrate` reached: IoU of the last layer's boxes with the host's own, averaged over the queries with
+    the host's confidences as weights.
+
+    Attributes:
+        before: with the FDR head as it was; of a fresh one, which predicts the initial boxes.
+        after: with the calibrated head.
+    """
+
+    before: float
+    after: float
+
+
+@dataclass
+class Rehearsal:
+    """What the S most confident queries went through in the host's decoder of L layers.
+
+    Attributes:
+        hidden_states: ``(L, S, C)``.
+        initial_boxes: ``(S, 4)`` cxcywh.
+        boxes: ``(L, S, 4)`` cxcywh, the host's own after each layer.
+        confidence: ``(S,)``, the highest of the host's class probabilities.
+    """
+
+    hidden_states: Tensor
+    initial_boxes: Tensor
+    boxes: Tensor
+    confidence: Tensor
+
+    def queries(self, part: Tensor) -> "Rehearsal":
+        """Of a part of the queries, ``(n,)`` indices."""
+        return Rehearsal(
+            self.hidden_states[:, part], self.initial_boxes[part], self.boxes[:, part], self.confidence[part]
+        )
+
+
+def calibrate(
+    model: nn.Module,
+    images: Iterable[Tensor],
+    *,
+    steps: int = 500,
+    batch_size: int = 1024,
+    learning_rate: float = 2e-3,
+    progress: bool = True,
+) -> Calibration:
+    """Teach the FDR head of a freshly wrapped trained host the host's own boxes, in place; nothing else changes.
+
+    A fresh head answers every layer's box with the initial boxes, which are the host's first layer's: what the host's
+    later layers had learnt is lost until the head has learnt it again. Here it learns it at once, from the box heads
+    that :func:`~dfine_plugin.wrap_decoder` retired. The host runs once over the images, as if it had not been wrapped;
+    then the head alone is trained on what its decoder layers put out: FGL with the host's boxes for truths, weighted by
+    the host's confidence.
+
+    Args:
+        model: wrapped, not trained since; on any device, in either mode, which it keeps.
+        images: batches ``(B, 3, H, W)`` as the host takes them (:meth:`~dfine_plugin.registry.Adapter.detector`), such
+            as ``(batch["pixel_values"] for batch in loader)``. A hundred or two of the training images are enough.
+        steps: of Adam, with a learning rate that falls to zero.
+        batch_size: queries a step.
+        learning_rate: of the first step.
+        progress: show a bar.
+
+    Returns:
+        How well the boxes agree with the host's, before and after.
+
+    Raises:
+        WrapStateError: the model is not wrapped, has been deployed, or its host does not refine boxes layer by layer.
+        ValueError: there are no images.
+
+    Example:
+        >>> model = wrap_decoder(model)
+        >>> calibrate(model, (batch["pixel_values"] for batch in islice(loader, 20)))
+        Calibration(before=0.89, after=0.98)
+    """
+    fdr = _fdr_head(model)
+    rehearsal = rehearse(model, images)
+    before = agreement(fdr, rehearsal)
+    dtype = next(fdr.parameters()).dtype
+    fdr.float()
+    frozen = [parameter for parameter in fdr.parameters() if not parameter.requires_grad]
+    fdr.requires_grad_(True)
+    with torch.enable_grad():
+        _teach(fdr, rehearsal, steps, batch_size, learning_rate, progress)
+    for parameter in frozen:
+        parameter.requires_grad = False
+    fdr.to(dtype)
+    return Calibration(before, agreement(fdr, rehearsal))
+
+
+def _fdr_head(model: nn.Module) -> FDRHead:
+    binding = binding_of(model)
+    if binding is None or binding.deployed:
+        state = "not wrapped" if binding is None else "deployed"
+        name = type(model).__name__
+        raise WrapStateError(f"this {name} is {state}; calibrate takes a model right after wrap_decoder")
+    if not binding.retired.box_heads:
+        raise WrapStateError(
+            f"this {type(model).__name__} does not refine boxes from layer to layer: it has none to learn from"
+        )
+    fdr = model.get_submodule(f"{binding.adapter.decoder}.fdr")
+    assert isinstance(fdr, FDRHead)
+    return fdr
+
+
+@torch.no_grad()
+def rehearse(model: nn.Module, images: Iterable[Tensor]) -> Rehearsal:
+    """Run the wrapped model's host over the images as if it had not been wrapped.
+
+    The FDR head is asked as always, but what it answers gives way to what the host's retired box heads say, so that all
+    layers see the references, and put out the hidden states, of the host itself.
+    """
+    binding = binding_of(model)
+    assert binding is not None
+    was_training = model.training
+    model.eval()
+    detector = binding.adapter.detector(model)
+    device = next(model.parameters()).device
+    parts = []
+    with _host_boxes(model) as (hidden, boxes):
+        for batch in images:
+            hidden.clear()
+            boxes.clear()
+            logits, _ = detector(batch.to(device))
+            confidence = at_least_float32(logits).sigmoid().amax(-1)
+            confidence, chosen = confidence.topk(min(QUERIES_PER_IMAGE, confidence.shape[1]))
+            rows = torch.arange(len(chosen), device=device)[:, None]
+            layers = torch.stack([h[rows, chosen] for h in hidden]), torch.stack([b[rows, chosen] for b in boxes])
+            parts.append((*(layer.flatten(1, 2) for layer in layers), confidence.flatten()))
+    model.train(was_training)
+    if not parts:
+        raise ValueError("calibrate needs images: batches (B, 3, H, W), as the host takes them")
+    hidden_states, all_boxes = (torch.cat(part, dim=1) for part in list(zip(*parts, strict=True))[:2])
+    return Rehearsal(hidden_states, all_boxes[0], all_boxes, torch.cat([part[2] for part in parts]))
+
+
+@contextmanager
+def _host_boxes(model: nn.Module) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Let the host's own boxes stand for the refined ones, and keep each layer's hidden states and boxes."""
+    binding = binding_of(model)
+    assert binding is not None
+    hidden: list[Tensor] = []
+    boxes: list[Tensor] = []
+
+    def answer(fdr: nn.Module, inputs: tuple[Any, ...], refined: Refinement) -> Refinement:
+        layer, hidden_states, state = inputs
+        # layer 1's own boxes are the initial ones, which the state holds before it
+        following = reported = state.boxes
+        if layer > 0:
+            following, reported = binding.adapter.host_boxes(model, layer, hidden_states, state.boxes)
+        hidden.append(at_least_float32(hidden_states))
+        boxes.append(reported)
+        return replace(refined, boxes=following)
+
+    hook = _fdr_head(model).register_forward_hook(answer)
+    try:
+        yield hidden, boxes
+    finally:
+        hook.remove()
+
+
+def _refine(fdr: FDRHead, rehearsal: Rehearsal) -> list[Refinement]:
+    """What the head makes of the hidden states, layer by layer, for a batch of one image."""
+    states = [fdr.start(rehearsal.initial_boxes[None])]
+    for layer, hidden_states in enumerate(rehearsal.hidden_states):
+        states.append(fdr(layer, hidden_states[None], states[-1]))
+    return states[1:]
+
+
+@torch.no_grad()
+def agreement(fdr: FDRHead, rehearsal: Rehearsal) -> float:
+    """IoU of the last layer's boxes with the host's, averaged with the host's confidences as weights."""
+    iou = 0.0
+    for part in torch.arange(len(rehearsal.confidence)).split(4096):
+        queries = rehearsal.queries(part)
+        refined = _refine(fdr, replace(queries, hidden_states=queries.hidden_states.to(next(fdr.parameters()).dtype)))
+        iou += float((aligned_iou(refined[-1].boxes[0], queries.boxes[-1]) * queries.confidence).sum())
+    return iou / float(rehearsal.confidence.sum())
+
+
+def _teach(
+    fdr: FDRHead, rehearsal: Rehearsal, steps: int, batch_size: int, learning_rate: float, progress: bool
+) -> None:
+    optimizer = torch.optim.Adam(fdr.refine.parameters(), lr=learning_rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    generator = torch.Generator().manual_seed(0)
+    for _ in tqdm(range(steps), desc="calibrating the FDR head", disable=not progress):
+        chosen = torch.randint(len(rehearsal.confidence), (batch_size,), generator=generator)
+        batch = rehearsal.queries(chosen.to(rehearsal.confidence.device))
+        loss = torch.zeros((), device=rehearsal.confidence.device)
+        for state, boxes in zip(_refine(fdr, batch), batch.boxes, strict=True):
+            assert state.corner_logits is not None
+            weights = batch.confidence, fdr.weights, float(batch.confidence.sum())
+            loss = loss + fgl_loss(state.corner_logits[0], batch.initial_boxes, boxes, *weights)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    optimizer.zero_grad()

@@ -1,0 +1,134 @@
+"""The retrofit: the hosts that come with the package, its rows, its report, and the whole command at a small size."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer import Typer
+from typer.testing import CliRunner
+
+from dfine_plugin import calibrate, is_wrapped, wrap_decoder
+from dfine_plugin.benchmarks import retrofit
+from dfine_plugin.benchmarks.detection_data import normalise
+from dfine_plugin.benchmarks.evaluation import coco_metrics, detect
+from dfine_plugin.benchmarks.runs import RetrofitSettings
+from dfine_plugin.benchmarks.trained_hosts import STEPS, TRAINED, load_trained
+from dfine_plugin.benchmarks.training import build_model, load_data
+from dfine_plugin.benchmarks.variants import fdr_settings, is_calibrated, parse_variants
+
+CPU = torch.device("cpu")
+FACTS = json.loads((TRAINED / "trained.json").read_text())
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_shipped_host_is_the_recorded_one_and_small(name: str) -> None:
+    weights = (TRAINED / name / "model.safetensors").read_bytes()
+    assert hashlib.sha256(weights).hexdigest() == FACTS[name]["sha256"]
+    assert len(weights) < 2 * 1024**2
+    assert {p.dtype for p in load_trained(name).parameters()} == {torch.float32}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STEPS)
+def test_a_shipped_host_has_the_recorded_ap_and_calibration_keeps_it(name: str) -> None:
+    data, train = load_data("shapes", "val", 96, 400), load_data("shapes", "train", 96, 2000)
+    model = load_trained(name)
+    host = coco_metrics(detect(model, data, 50, CPU), data.coco, data.sides)["AP"]
+    assert host == pytest.approx(FACTS[name]["AP"]["AP"], abs=0.1)
+    torch.manual_seed(0)
+    wrap_decoder(model)
+    fresh = coco_metrics(detect(model, data, 50, CPU), data.coco, data.sides)["AP"]
+    result = calibrate(model, (normalise(batch) for batch in train.images[:256].split(32)), progress=False)
+    calibrated = coco_metrics(detect(model, data, 50, CPU), data.coco, data.sides)["AP"]
+    assert fresh < calibrated
+    assert calibrated >= 0.99 * host
+    assert result.after > 0.95
+
+
+def test_other_classes_get_new_class_heads_and_all_else_stays() -> None:
+    own, other = load_trained("rt-detr"), load_trained("rt-detr", ["cell", "platelet"])
+    assert other.config.id2label == {0: "cell", 1: "platelet"}
+    theirs = other.state_dict()
+    differing = {name for name, value in own.state_dict().items() if not torch.equal(value, theirs[name])}
+    assert differing
+    assert all("class_embed" in name or "score_head" in name for name in differing)
+    with pytest.raises(ValueError, match="neither one of rt-detr, deformable-detr nor a folder with a trained host"):
+        load_trained("nothing")
+
+
+def test_rows_of_the_retrofit_and_of_the_ablation_are_told_apart() -> None:
+    assert parse_variants("baseline calibrated:union=true head", retrofit=True) == [
+        "baseline",
+        "calibrated:union=true",
+        "head",
+    ]
+    assert fdr_settings("calibrated:union=true") == {"union": True}
+    assert fdr_settings("head:lqe=true") == {"trainable": "head", "lqe": True}
+    assert [is_calibrated(row) for row in ("baseline", "wrapped", "calibrated:lqe=true", "head")] == [0, 0, 1, 1]
+    with pytest.raises(ValueError, match="no row of this comparison: baseline, default"):
+        parse_variants("calibrated")
+    with pytest.raises(ValueError, match="no row of this comparison: baseline, wrapped, calibrated, head"):
+        parse_variants("default", retrofit=True)
+
+
+def test_a_run_starts_from_the_trained_host() -> None:
+    data = load_data("shapes", "train", 96, 32)
+    settings = RetrofitSettings("rt_detr", "wrapped", 3, "shapes", 96, 100, 16, 1e-3, trained="rt-detr")
+    model = build_model(settings, data)
+    assert is_wrapped(model)
+    host = load_trained("rt-detr").state_dict()
+    assert all(torch.equal(value, host[name]) for name, value in model.state_dict().items() if ".fdr." not in name)
+    assert settings.evaluation_steps() == [0, 100]
+
+
+def run(variant: str, seed: int, curve: dict[int, float]) -> dict[str, Any]:
+    points = [
+        {"step": step, "seconds": float(step), **dict.fromkeys(retrofit.METRICS, ap)} for step, ap in curve.items()
+    ]
+    settings = RetrofitSettings("rt_detr", variant, seed, "shapes", 96, max(curve), 16, 1e-3, trained="rt-detr")
+    return {
+        "settings": vars(settings),
+        "curve": points,
+        "final": points[-1],
+        "seconds_per_step": 0.1,
+        "code": "x",
+    }
+
+
+def test_the_report_says_what_is_kept_the_worst_lag_and_the_gain() -> None:
+    results = [
+        run("baseline", 0, {0: 50.0, 100: 51.0, 200: 52.0}),
+        run("baseline", 1, {0: 50.0, 100: 53.0, 200: 54.0}),
+        run("calibrated", 0, {0: 49.5, 100: 50.0, 200: 53.0}),
+        run("calibrated", 1, {0: 49.9, 100: 53.2, 200: 55.0}),
+    ]
+    (line,) = retrofit.closing_lines(results)
+    # (49.5 + 49.9) / 100; (-1.0 + 0.2) / 2 at step 100; both +1.0 at the end
+    assert line.startswith(
+        "calibrated: 99.4 % of the host's AP at step 0; at worst -0.40 AP (step 100); after 200 steps"
+    )
+    assert "+1.00 ± 0.00" in line
+    assert line.endswith("the 95 % interval excludes zero: a gain.")
+    table = retrofit.markdown(results)
+    assert "| baseline | 50.00 | 52.00 | 53.00 |" in table
+    assert "| calibrated | 49.70 | 51.60 | 54.00 |" in table
+
+
+@pytest.mark.slow
+def test_the_command_compares_from_end_to_end(tmp_path: Path) -> None:
+    app = Typer()
+    app.command()(retrofit.main)
+    options = "--rows|baseline calibrated head|--seeds|2|--steps|6|--train-images|48|--val-images|16|--jobs|2"
+    result = CliRunner().invoke(app, [*options.split("|"), "--output", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    figures = json.loads((tmp_path / "retrofit.json").read_text())
+    assert [point["step"] for point in figures["runs"][0]["curve"]] == [0, 6]
+    starts = {r["settings"]["variant"]: r["curve"][0]["AP"] for r in figures["runs"]}
+    assert starts["calibrated"] == starts["head"] > 0.97 * starts["baseline"]
+    assert "calibrated: " in (tmp_path / "retrofit.md").read_text()
+    assert (tmp_path / "ap_over_steps.png").stat().st_size > 10_000
