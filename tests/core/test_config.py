@@ -29,6 +29,7 @@ configs = st.builds(
     ddf=st.booleans(),
     lqe=st.booleans(),
     weighting=st.sampled_from(["nonuniform", "uniform"]),
+    trainable=st.sampled_from(["all", "head"]),
     box_refinement=st.booleans(),
 )
 
@@ -79,6 +80,7 @@ def test_frozen() -> None:
         *[(field, value, NOT_NEGATIVE) for field in ("fgl_weight", "ddf_weight") for value in (-0.1, float("-inf"))],
         ("weighting", "gaussian", "nonuniform"),
         ("weighting", "", "uniform"),
+        ("trainable", "backbone", "'all' or 'head'"),
     ],
 )
 def test_out_of_bounds(field: str, value: float | str, bound: str) -> None:

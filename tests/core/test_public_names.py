@@ -26,11 +26,13 @@ NAMES = [
     "union_matching",
     "GOLSDMatcher",
     "is_wrapped",
+    "calibrate",
     "load_pretrained",
 ]
 PARAMETERS = {
     "wrap_decoder": ["model", "config"],
     "deploy": ["model"],
+    "calibrate": ["model", "images", "steps", "batch_size", "learning_rate", "progress"],
     "weighting_function": ["num_bins", "a", "c"],
     "decode_boxes": ["initial_boxes", "logits", "weights"],
     "encode_boxes": ["initial_boxes", "target_boxes", "weights"],
