@@ -113,6 +113,31 @@ def test_a_baseline_checkpoint_starts_a_plugin_config(tmp_path: Path) -> None:
     assert "not used by the model" not in output
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("bccd")
+def test_a_trained_host_goes_on_calibrated(tmp_path: Path) -> None:
+    configs = ROOT / "projects/dino/configs"
+    (tmp_path / "baseline").mkdir()
+    (tmp_path / "retrofit").mkdir()
+    train_net(configs / "debug_baseline.py", tmp_path / "baseline", "train.max_iter=30", "train.eval_period=100")
+    output = train_net(
+        configs / "debug_retrofit.py",
+        tmp_path / "retrofit",
+        f"model.checkpoint={tmp_path / 'baseline/model_final.pth'}",
+        "train.max_iter=5",
+        "train.eval_period=5",
+        "train.log_period=5",
+        "train.checkpointer.period=5",
+    )
+    assert "Evaluation results for bbox" in output
+    assert any({"loss_fgl", "loss_bbox_pre"} <= entry.keys() for entry in metrics(tmp_path / "retrofit"))
+    model = open_checkpoint(tmp_path / "retrofit").load()
+    assert binding_of(model) is not None
+    # five steps at the schedule's first rates move a head of zeros hardly: calibration has
+    last = model.transformer.decoder.fdr.refine[-1][-1]
+    assert last.weight.detach().abs().max() > 0.05
+
+
 def plugin_configs() -> list[Path]:
     return sorted(ROOT.glob("projects/*/configs/*_dfine.py"))
 
