@@ -63,6 +63,15 @@ def move_edges(initial_boxes: Tensor, probabilities: Tensor, weights: Tensor) ->
     return torch.cat([centres, moved_sides], dim=-1)
 
 
+def edge_offsets(initial_boxes: Tensor, target_boxes: Tensor) -> Tensor:
+    """phi, how far out each edge of the initial boxes has to move to the target's: two ``(..., 4)`` cxcywh to
+    ``(..., 4)`` in initial-box sides."""
+    initial_boxes, target_boxes = at_least_float32(initial_boxes), at_least_float32(target_boxes)
+    sides = initial_boxes[..., 2:].repeat(*[1] * (initial_boxes.ndim - 1), 2)
+    outwards = to_corners(target_boxes) - to_corners(initial_boxes)
+    return torch.cat([-outwards[..., :2], outwards[..., 2:]], dim=-1) / sides.clamp(min=1e-12)
+
+
 @torch.no_grad()
 def encode_boxes(initial_boxes: Tensor, target_boxes: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The two bins, and their weights, that would carry each edge of an initial box to the true edge (D-FINE, eq. 3).
@@ -79,12 +88,9 @@ def encode_boxes(initial_boxes: Tensor, target_boxes: Tensor, weights: Tensor) -
     Returns:
         ``left_bin (M, 4)`` int64 in ``[0, K - 2]``, ``left_weight (M, 4)``, ``right_weight (M, 4)``; no gradient.
     """
-    initial_boxes, target_boxes = at_least_float32(initial_boxes), at_least_float32(target_boxes)
-    sides = initial_boxes[..., 2:].repeat(*[1] * (initial_boxes.ndim - 1), 2)
-    outwards = to_corners(target_boxes) - to_corners(initial_boxes)
-    outwards = torch.cat([-outwards[..., :2], outwards[..., 2:]], dim=-1)
-    weights = weights.to(outwards.dtype)
-    phi = (outwards / sides.clamp(min=1e-12)).clamp(weights[0], weights[-1])
+    phi = edge_offsets(initial_boxes, target_boxes)
+    weights = weights.to(phi.dtype)
+    phi = phi.clamp(weights[0], weights[-1])
     left_bin = torch.searchsorted(weights, phi, right=True).sub_(1).clamp_(0, len(weights) - 2)
     below, above = weights[left_bin], weights[left_bin + 1]
     right_weight = (phi - below) / (above - below)

@@ -9,14 +9,18 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .boxes import aligned_iou, at_least_float32
+from .boxes import aligned_iou, at_least_float32, edge_offsets
 from .errors import WrapStateError
 from .head import FDRHead, Refinement
-from .losses import fgl_loss
 from .wrapping import binding_of
 
 QUERIES_PER_IMAGE = 100
 """How many queries of an image, the most confident ones, the head learns from."""
+
+SPREAD = 0.05
+"""How wide a distribution the head learns for an edge, as the mean deviation from the host's edge in initial-box sides:
+about as far as a trained host's edges lie from the truth. Two bins, as FGL has them, would make the head sure of what
+the host does not know: at the first step of training FGL's gradient would be ten times that of all other losses."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +74,8 @@ def calibrate(
     A fresh head answers every layer's box with the initial boxes, which are the host's first layer's: what the host's
     later layers had learnt is lost until the head has learnt it again. Here it learns it at once, from the box heads
     that :func:`~dfine_plugin.wrap_decoder` retired. The host runs once over the images, as if it had not been wrapped;
-    then the head alone is trained on what its decoder layers put out: FGL with the host's boxes for truths, weighted by
-    the host's confidence.
+    then the head alone is trained on what its decoder layers put out: cross entropy with a Laplace distribution around
+    each edge of the host's boxes, weighted by the host's confidence.
 
     Args:
         model: wrapped, not trained since; on any device, in either mode, which it keeps.
@@ -199,6 +203,15 @@ def agreement(fdr: FDRHead, rehearsal: Rehearsal) -> float:
     return iou / float(rehearsal.confidence.sum())
 
 
+def spread_edges(initial_boxes: Tensor, boxes: Tensor, weights: Tensor) -> Tensor:
+    """For each edge of ``(S, 4)`` boxes a Laplace distribution over the bins ``(K,)`` around it, :data:`SPREAD` wide:
+    ``(S, 4, K)`` probabilities. A bin answers for the offsets nearer to it than to its neighbours."""
+    offsets = edge_offsets(initial_boxes, boxes).clamp(weights[0], weights[-1])
+    borders = torch.cat([weights[:1], (weights[1:] + weights[:-1]) / 2, weights[-1:]])
+    density = torch.exp(-(weights - offsets[..., None]).abs() / SPREAD) * borders.diff()
+    return density / density.sum(-1, keepdim=True)
+
+
 def _teach(
     fdr: FDRHead, rehearsal: Rehearsal, steps: int, batch_size: int, learning_rate: float, progress: bool
 ) -> None:
@@ -211,8 +224,9 @@ def _teach(
         loss = torch.zeros((), device=rehearsal.confidence.device)
         for state, boxes in zip(_refine(fdr, batch), batch.boxes, strict=True):
             assert state.corner_logits is not None
-            weights = batch.confidence, fdr.weights, float(batch.confidence.sum())
-            loss = loss + fgl_loss(state.corner_logits[0], batch.initial_boxes, boxes, *weights)
+            targets = spread_edges(batch.initial_boxes, boxes, fdr.weights)
+            cross_entropy = -(targets * state.corner_logits[0].log_softmax(-1)).sum((1, 2))
+            loss = loss + (cross_entropy * batch.confidence).sum() / batch.confidence.sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

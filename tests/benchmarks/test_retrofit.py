@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from dfine_plugin import calibrate, is_wrapped, wrap_decoder
 from dfine_plugin.benchmarks import retrofit
-from dfine_plugin.benchmarks.detection_data import normalise
+from dfine_plugin.benchmarks.detection_data import TrainingView, collate, normalise
 from dfine_plugin.benchmarks.evaluation import coco_metrics, detect
 from dfine_plugin.benchmarks.runs import RetrofitSettings
 from dfine_plugin.benchmarks.trained_hosts import STEPS, TRAINED, load_trained
@@ -48,6 +48,31 @@ def test_a_shipped_host_has_the_recorded_ap_and_calibration_keeps_it(name: str) 
     assert fresh < calibrated
     assert calibrated >= 0.99 * host
     assert result.after > 0.95
+
+
+@pytest.mark.slow
+def test_calibration_leaves_the_first_step_to_all_losses() -> None:
+    """A head that is sure of what the host does not know would spend the clipped gradient on FGL."""
+    train = load_data("shapes", "train", 96, 2000)
+    view = TrainingView(train, flip=False, seed=0)
+    batch = collate([view[i] for i in range(300, 348)])
+    fgl, share = {}, {}
+    for row in ("wrapped", "calibrated"):
+        settings = RetrofitSettings("rt_detr", row, 0, "shapes", 96, 100, 16, 1e-3, trained="rt-detr")
+        model: Any = build_model(settings, train).train()
+        torch.manual_seed(0)
+        losses = model(**batch).loss_dict
+        parameters = [p for p in model.model.decoder.layers.parameters() if p.requires_grad]
+
+        def norm(terms: list[torch.Tensor], of: list[torch.nn.Parameter] = parameters) -> float:
+            gradients = torch.autograd.grad(sum(terms), of, retain_graph=True, allow_unused=True)
+            return sum(float(g.square().sum()) for g in gradients if g is not None) ** 0.5
+
+        ours = [term for name, term in losses.items() if name.startswith("loss_fgl")]
+        fgl[row] = float(sum(ours))
+        share[row] = norm(ours) / norm([term for name, term in losses.items() if not name.startswith("loss_fgl")])
+    assert fgl["calibrated"] < 0.8 * fgl["wrapped"]
+    assert share["calibrated"] < 1
 
 
 def test_other_classes_get_new_class_heads_and_all_else_stays() -> None:
