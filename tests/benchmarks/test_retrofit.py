@@ -69,7 +69,7 @@ def test_calibration_leaves_the_first_step_to_all_losses() -> None:
             return sum(float(g.square().sum()) for g in gradients if g is not None) ** 0.5
 
         ours = [term for name, term in losses.items() if name.startswith("loss_fgl")]
-        fgl[row] = float(sum(ours))
+        fgl[row] = sum(float(term.detach()) for term in ours)
         share[row] = norm(ours) / norm([term for name, term in losses.items() if not name.startswith("loss_fgl")])
     assert fgl["calibrated"] < 0.8 * fgl["wrapped"]
     assert share["calibrated"] < 1
