@@ -23,7 +23,6 @@ import typer
 from rich.console import Console
 
 from dfine_plugin.benchmarks.hosts import HOSTS
-from dfine_plugin.benchmarks.report import closing_lines, figures, markdown
 from dfine_plugin.benchmarks.runs import RunSettings, write_json
 from dfine_plugin.benchmarks.scheduling import Cluster, run_all
 from dfine_plugin.benchmarks.variants import BASELINE, DEFAULT_VARIANTS, parse_variants
@@ -158,6 +157,7 @@ def write_report(
 ) -> None:
     """Write table, figures and plots to `output`, print the table and, last, the gains with their intervals."""
     from dfine_plugin.benchmarks.plots import plot_ap_over_steps, plot_ap_per_threshold
+    from dfine_plugin.benchmarks.report import closing_lines, figures, markdown
 
     command = shlex.join(["python", "-m", "dfine_plugin.benchmarks.ablation", *sys.argv[1:]])
     table = markdown(results, failures)

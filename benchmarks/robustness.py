@@ -13,22 +13,19 @@ import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.progress import track
 
-from dfine_plugin.benchmarks.corruptions import CORRUPTIONS, STRENGTHS, corrupt
-from dfine_plugin.benchmarks.detection_data import DetectionData
-from dfine_plugin.benchmarks.evaluation import coco_metrics, detect
 from dfine_plugin.benchmarks.paired import PairedDifference, paired_difference
 from dfine_plugin.benchmarks.report import table_header, table_row
 from dfine_plugin.benchmarks.runs import Result, RunSettings, write_json
-from dfine_plugin.benchmarks.training import load_data
 from dfine_plugin.benchmarks.variants import BASELINE
-from dfine_plugin.checkpoints import open_checkpoint
+
+if TYPE_CHECKING:
+    from dfine_plugin.benchmarks.detection_data import DetectionData
 
 CLEAN = "clean"
 
@@ -38,6 +35,8 @@ Scores = dict[str, dict[str, dict[int, float]]]
 
 def conditions(data: DetectionData) -> dict[str, DetectionData]:
     """The data as it is, and spoilt in every way and strength."""
+    from dfine_plugin.benchmarks.corruptions import CORRUPTIONS, STRENGTHS, corrupt
+
     spoilt = {
         f"{name} {strength}": replace(data, images=corrupt(data.images, name, strength))
         for name in CORRUPTIONS
@@ -88,12 +87,17 @@ def main(
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
 ) -> None:
     """Evaluate an ablation's models on spoilt validation images."""
-    from dfine_plugin.benchmarks.plots import plot_robustness
-
     console = Console()
     models = find_models(folder)
     if not any(settings.variant == BASELINE for settings in models):
         raise typer.BadParameter(f"{folder} has no models of a finished ablation with a baseline (--save-models)")
+    import torch
+
+    from dfine_plugin.benchmarks.evaluation import coco_metrics, detect
+    from dfine_plugin.benchmarks.plots import plot_robustness
+    from dfine_plugin.benchmarks.training import load_data
+    from dfine_plugin.checkpoints import open_checkpoint
+
     first = next(iter(models))
     data = load_data(first.data, "val", first.image_size, first.val_images)
     scores: Scores = {}

@@ -13,7 +13,6 @@ from pathlib import Path
 from queue import Queue
 from threading import Thread
 
-import torch
 from rich.console import Console
 
 from dfine_plugin.benchmarks import progress
@@ -108,6 +107,8 @@ def _run_in_processes(
 
 
 def _start_worker() -> None:
+    import torch
+
     _end_with_parent()
     torch.set_num_threads(1)
     # One warning a process and step about the hosts' own code; it would tear the progress bars.

@@ -11,14 +11,15 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image
 
-from dfine_plugin.benchmarks.full_size_hosts import HOSTS, settled_pair
+from dfine_plugin.benchmarks.full_size_hosts import HOSTS
 from dfine_plugin.benchmarks.runners import TORCH_BACKENDS, Engine, OnnxRuntime, Runner
+from dfine_plugin.benchmarks.settled_hosts import settled_pair
 from dfine_plugin.benchmarks.shapes import make_shapes
 from dfine_plugin.checkpoints import open_checkpoint
 from dfine_plugin.export import build_engine, export_onnx
-from dfine_plugin.export.engine import BACKENDS as ENGINE_BACKENDS
 from dfine_plugin.export.engine import check_precision
 from dfine_plugin.registry import find_adapter
+from dfine_plugin.targets import BACKENDS as ENGINE_BACKENDS
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png")
 NUM_SCENES = 2

@@ -37,7 +37,9 @@ def parse_variants(text: str) -> list[str]:
     """The rows in `text`, parted by blanks or semicolons (commas part the settings within a row), checked, in order."""
     rows = list(dict.fromkeys(text.replace(";", " ").split()))
     for row in rows:
-        fdr_settings(row)
+        settings = fdr_settings(row)
+        if settings is not None:
+            FDRConfig.from_dict(settings)
     return rows
 
 

@@ -9,16 +9,27 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from . import __version__
 from .errors import UnsupportedModelError
 
 if TYPE_CHECKING:
     from .checkpoints import Checkpoint
 
-app = typer.Typer(help="Export, build and look at wrapped DETRs.", no_args_is_help=True, add_completion=False)
+app = typer.Typer(no_args_is_help=True, add_completion=False)
 
 
-@app.callback()
-def _commands() -> None:
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"dfine-plugin {__version__}")
+        raise typer.Exit
+
+
+@app.callback(help="Export, build and look at wrapped DETRs.")
+def _commands(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version, and exit")
+    ] = False,
+) -> None:
     """Keeps the names of subcommands, however many there are."""
 
 
@@ -134,7 +145,7 @@ def export(
 def build_engine(
     onnx: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="a graph that export wrote")],
     target: Annotated[
-        str | None, typer.Option(help="compute capability, such as sm75 (T4); default: the device at hand")
+        str | None, typer.Option(help="a GPU such as T4, or its compute capability, sm75; default: the device at hand")
     ] = None,
     precision: Annotated[Precision, typer.Option(help="the graph's, which is checked")] = Precision.fp16,
     backend: Annotated[Backend | None, typer.Option(help="default: tensorrt-rtx where it is installed")] = None,

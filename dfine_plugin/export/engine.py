@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from dataclasses import dataclass
 from importlib import import_module
@@ -13,10 +12,8 @@ from typing import Any
 
 import onnx_ir as ir
 
+from ..targets import BACKENDS, compute_capability
 from .precision import PRECISIONS
-
-BACKENDS = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
-"""Package to module. TensorRT-RTX builds for any device on any machine; TensorRT for the device at hand."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +44,7 @@ def build_engine(
     Args:
         onnx_path: a graph that :func:`~dfine_plugin.export.export_onnx` wrote.
         path: of the engine.
-        target: compute capability, such as ``"sm75"`` (T4); by default the device at hand.
+        target: compute capability or GPU, such as ``"sm75"`` or ``"T4"``; by default the device at hand.
         precision: that of the graph: ``"fp32"``, ``"fp16"`` or ``"bf16"``. It is checked, not chosen here.
         backend: ``"tensorrt-rtx"`` or ``"tensorrt"``; by default the first of them that is installed.
         batch_sizes: least, usual and most images, for a graph with a batch of any size.
@@ -61,6 +58,7 @@ def build_engine(
             where the backend builds for no other.
         RuntimeError: the backend refuses the graph, with its own words.
     """
+    target = compute_capability(target) if target is not None else None
     check_precision(onnx_path, precision)
     backend, trt = find_backend(backend)
     logger = _logger(trt)
@@ -136,8 +134,6 @@ def _logger(trt: Any) -> Any:
 
 
 def _set_target(trt: ModuleType, config: Any, backend: str, target: str | None) -> str:
-    if target is not None and not re.fullmatch(r"sm\d+", target):
-        raise ValueError(f"target must be of the form sm75, got {target!r}")
     if backend == "tensorrt":
         present = _device_capability()
         if target not in (None, present):
