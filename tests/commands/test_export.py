@@ -12,6 +12,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from dfine_plugin.commands import app
+from dfine_plugin.installing import install_hint
 
 from ..adapters.hosts import IMAGE_SIZE, wrapped
 from ..adapters.transformers_hosts import HOSTS
@@ -83,4 +84,4 @@ def test_without_the_extra_the_error_names_it() -> None:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 1
     assert "ImportError: dfine_plugin.export" in result.stderr
-    assert "pip install 'dfine-plugin[export]'" in result.stderr
+    assert install_hint("export") in result.stderr
