@@ -18,6 +18,8 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from torch import Tensor
 
+from dfine_plugin.image_sizes import RT_DETR_STRIDES, check_image_size
+
 from .common import Host
 
 
@@ -69,6 +71,11 @@ class DetrexCheckpoint:
             averages.apply_to(model)
         detector = model.detector if self.holds_detector else model
         return detector.float().eval()
+
+    def check_size(self, size: tuple[int, int]) -> None:
+        """See :class:`~dfine_plugin.checkpoints.Checkpoint`."""
+        # detrex's own hosts take any size
+        check_image_size(size, RT_DETR_STRIDES if self.holds_detector else ())
 
     def preprocess(self, image: Image.Image, size: tuple[int, int] | None = None) -> Tensor:
         """See :class:`~dfine_plugin.checkpoints.Checkpoint`."""

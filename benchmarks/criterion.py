@@ -18,6 +18,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from dfine_plugin.benchmarks.options import check_device_name, find_device
 from dfine_plugin.benchmarks.runs import write_json
 
 if TYPE_CHECKING:
@@ -33,16 +34,16 @@ def main(
     classes: Annotated[int, typer.Option(min=1)] = 80,
     layers: Annotated[int, typer.Option(min=2)] = 6,
     repeats: Annotated[int, typer.Option(min=1)] = 7,
-    against: Annotated[Path | None, typer.Option(help="a checkout of the D-FINE authors' repository")] = None,
+    against: Annotated[
+        Path | None, typer.Option(help="a checkout of the D-FINE authors' repository", exists=True, file_okay=False)
+    ] = None,
     most: Annotated[int, typer.Option(help="the authors' criterion runs up to so many truths an image")] = 100,
-    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
-    output: Annotated[Path, typer.Option(help="folder for figures and plot")] = Path("criterion"),
+    device: Annotated[str, typer.Option(help="cpu or cuda", callback=check_device_name)] = "cpu",
+    output: Annotated[Path, typer.Option(help="folder for figures and plot", file_okay=False)] = Path("criterion"),
 ) -> None:
     """Time the criterion over truths and batch, alone or in turn with the authors'."""
     batches, counts = _numbers(batch, "--batch"), _numbers(truths, "--truths")
     # from here on torch is needed, which takes seconds to import
-    import torch
-
     from dfine_plugin.benchmarks.criterion_steps import (
         Sizes,
         check_agreement,
@@ -52,7 +53,7 @@ def main(
         seconds,
     )
 
-    console, where = Console(), torch.device(device)
+    console, where = Console(), find_device(device)
     rows = []
     for images in batches:
         for count in counts:

@@ -1,6 +1,6 @@
 """How long an inference takes: host against wrapped, or any models, graphs and engines, under one protocol.
 
-    pip install "dfine-plugin[bench,export]"
+    pip install ".[bench,export]"
     python -m dfine_plugin.benchmarks.latency --host rt-detr-r18
     python -m dfine_plugin.benchmarks.latency --model baseline=DIR --model fdr=DIR --images FOLDER --ap ablation.json
     python -m dfine_plugin.benchmarks.latency --host rt-detr-r50 --backend tensorrt-rtx --backend torch-cudagraph
@@ -35,6 +35,7 @@ from rich.console import Console
 
 from dfine_plugin.benchmarks.backends import BACKENDS, PRECISIONS
 from dfine_plugin.benchmarks.full_size_hosts import HOSTS
+from dfine_plugin.benchmarks.options import check_device_name, check_host_takes, find_device
 from dfine_plugin.benchmarks.runs import Result, write_json
 from dfine_plugin.errors import UnsupportedModelError
 from dfine_plugin.targets import BACKENDS as ENGINE_BACKENDS
@@ -62,10 +63,16 @@ def main(
     runs: Annotated[int, typer.Option(min=1, help="timed runs of each row")] = 50,
     warmup: Annotated[int, typer.Option(min=0, help="runs of each row before that")] = 10,
     pause: Annotated[float, typer.Option(min=0, help="milliseconds before each timed run")] = 200,
-    images: Annotated[Path | None, typer.Option(help="folder with images for the models' parity")] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="folder with images for the models' parity", exists=True, file_okay=False)
+    ] = None,
     ap: Annotated[list[str] | None, typer.Option(help="NAME=AP, or an ablation.json: for the plot")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one")] = None,
-    output: Annotated[Path, typer.Option(help="folder for table, figures and plots")] = Path("latency"),
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda; default: cuda where there is one", callback=check_device_name)
+    ] = None,
+    output: Annotated[Path, typer.Option(help="folder for table, figures and plots", file_okay=False)] = Path(
+        "latency"
+    ),
 ) -> None:
     """Time inferences of several models on several backends in turn."""
     for option, values, known in (
@@ -76,6 +83,10 @@ def main(
         for value in values:
             if value not in known:
                 raise typer.BadParameter(f"{value!r} is not one of {', '.join(known)}", param_hint=option)
+    if not (host or model or onnx or engine):
+        host = ["rt-detr-r18"]
+    for name in host or []:
+        check_host_takes(name, image_size)
     # from here on torch is needed, which takes seconds to import
     from dfine_plugin.benchmarks.interleaving import interleave, paired_ratio, summarise
     from dfine_plugin.benchmarks.latency_rows import build_rows
@@ -86,8 +97,6 @@ def main(
     where, chosen, precision, notes = _choose(device, backend, precision)
     for note in notes:
         console.print(note, soft_wrap=True)
-    if not (host or model or onnx or engine):
-        host = ["rt-detr-r18"]
     try:
         subjects = find_subjects(host or [], model or [], onnx or [], engine or [], image_size, images)
     except (ValueError, OSError, UnsupportedModelError) as error:
@@ -140,9 +149,7 @@ def _choose(
     from dfine_plugin.benchmarks.runners import check_backend
 
     has_gpu = torch.cuda.is_available()
-    if device not in (None, "cpu") and not has_gpu:
-        raise typer.BadParameter("there is no GPU here that PyTorch can use", param_hint="--device")
-    where = torch.device(device or ("cuda" if has_gpu else "cpu"))
+    where = find_device(device or ("cuda" if has_gpu else "cpu"))
     notes = []
     if where.type == "cpu" and not has_gpu:
         notes.append("There is no GPU here: these are the CPU's times.")

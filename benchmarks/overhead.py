@@ -22,6 +22,7 @@ from rich.table import Table
 
 from dfine_plugin.benchmarks.detrex_configs import CALL_CUDA
 from dfine_plugin.benchmarks.full_size_hosts import HOSTS, NUM_CLASSES
+from dfine_plugin.benchmarks.options import check_device_name, check_host_takes, find_device
 from dfine_plugin.benchmarks.runs import write_json
 
 
@@ -31,12 +32,13 @@ def main(
     batch_size: Annotated[int, typer.Option(min=1)] = 2,
     truths: Annotated[int, typer.Option(min=1, help="in each image")] = 7,
     repeats: Annotated[int, typer.Option(min=1, help="pairs of steps")] = 15,
-    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
-    output: Annotated[Path, typer.Option(help="folder for the figures")] = Path("overhead"),
+    device: Annotated[str, typer.Option(help="cpu or cuda", callback=check_device_name)] = "cpu",
+    output: Annotated[Path, typer.Option(help="folder for the figures", file_okay=False)] = Path("overhead"),
 ) -> None:
     """Compare a training step of a host with that of its wrapped twin."""
     if host not in HOSTS:
         raise typer.BadParameter(f"{host!r} is not one of {', '.join(HOSTS)}", param_hint="--host")
+    check_host_takes(host, image_size)
     # from here on torch is needed, which takes seconds to import
     import torch
 
@@ -44,14 +46,15 @@ def main(
     from dfine_plugin.benchmarks.step_costs import compare
     from dfine_plugin.benchmarks.timing import device_name
 
+    where = find_device(device)
     generator = torch.Generator().manual_seed(0)
-    pixels = torch.rand(batch_size, 3, image_size, image_size, generator=generator).to(device)
+    pixels = torch.rand(batch_size, 3, image_size, image_size, generator=generator).to(where)
     labels = []
     for _ in range(batch_size):
         centres, sides = (torch.rand(truths, 2, generator=generator) for _ in range(2))
         classes = torch.randint(0, NUM_CLASSES, (truths,), generator=generator)
         boxes = torch.cat([0.3 + 0.4 * centres, 0.05 + 0.4 * sides], dim=1)
-        labels.append({"class_labels": classes.to(device), "boxes": boxes.to(device)})
+        labels.append({"class_labels": classes.to(where), "boxes": boxes.to(where)})
     left_out = pixels.device.type == "cpu" and host in [f"detrex/{name}" for name in CALL_CUDA]
     with without_cuda_calls() if left_out else nullcontext():
         result = compare(host, pixels, labels, repeats)

@@ -16,7 +16,7 @@ from threading import Thread
 from rich.console import Console
 
 from dfine_plugin.benchmarks import progress
-from dfine_plugin.benchmarks.runs import Result, RunSettings, has_model, load_run, save_run
+from dfine_plugin.benchmarks.runs import Result, RunSettings, find_model, load_run, save_run
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def run_all(
     With `models`, that folder gets a checkpoint of each run, and a run without one is repeated.
     Under torchrun or accelerate launch the processes are one job: the runs come one after the other in this process.
     """
-    missing = [run for run in runs if load_run(folder, run) is None or (models and not has_model(models, run))]
+    missing = [run for run in runs if load_run(folder, run) is None or (models and find_model(models, run) is None)]
     if len(missing) < len(runs):
         console.print(f"{len(runs) - len(missing)} of {len(runs)} runs are finished already and not run again")
     if not missing:

@@ -22,6 +22,13 @@ class Checkpoint(Protocol):
             ValueError: the checkpoint lacks weights of the model, or its library's files cannot be read.
         """
 
+    def check_size(self, size: tuple[int, int]) -> None:
+        """Refuse images of a height and width that the model cannot take, before it is loaded.
+
+        Raises:
+            ValueError: names sizes that it can take.
+        """
+
     def preprocess(self, image: Image.Image, size: tuple[int, int] | None = None) -> Tensor:
         """One image as the model's adapter takes it (:meth:`~dfine_plugin.registry.Adapter.detector`).
 

@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import onnx_ir as ir
+from google.protobuf.message import DecodeError
 
 from ..targets import BACKENDS, compute_capability
 from .precision import PRECISIONS
@@ -89,12 +90,18 @@ def check_precision(onnx_path: str | Path, precision: str) -> None:
     """Refuse a graph whose matrix products and convolutions are not all of this precision.
 
     Raises:
-        ValueError: says how many are not, and names one.
+        ValueError: says how many are not, and names one; or the file holds no graph.
     """
     if precision not in ("fp32", *PRECISIONS):
         raise ValueError(f"precision must be fp32, {' or '.join(PRECISIONS)}, got {precision!r}")
     wanted = PRECISIONS.get(precision, ir.DataType.FLOAT)
-    products = [node for node in ir.load(onnx_path).graph if node.op_type in ("Conv", "Gemm", "MatMul")]
+    try:
+        graph = ir.load(onnx_path).graph
+    except (DecodeError, ValueError) as error:
+        raise ValueError(f"{onnx_path} is no ONNX graph: {error}") from error
+    products = [node for node in graph if node.op_type in ("Conv", "Gemm", "MatMul")]
+    if not products:
+        raise ValueError(f"{onnx_path} holds no matrix product and no convolution: it is no graph of a detector")
     other = [node for node in products if node.outputs[0].dtype != wanted]
     if other:
         raise ValueError(

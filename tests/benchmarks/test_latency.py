@@ -153,10 +153,14 @@ def test_what_needs_a_gpu_says_so(backend: str) -> None:
         (("--host", "yolo"), "'yolo' is not one of rt-detr-r18"),
         (("--model", "nowhere"), "nowhere holds no model"),
         (("--onnx", "nowhere.onnx"), "there is no file nowhere.onnx"),
+        (("--onnx", "a=b=c.onnx"), "there is no file b=c.onnx"),
+        (("--host", "rt-detr-r18", "--image-size", "161"), "this host cannot take images of 161 x 161"),
+        (("--device", "gpu"), "'gpu' is neither cpu nor cuda"),
+        (("--images", "nowhere"), "'nowhere' does not exist"),
     ],
 )
 def test_wrong_arguments_are_refused_before_anything_is_built(arguments: tuple[str, ...], said: str) -> None:
-    assert said in invoke(*arguments, "--image-size", "64", exit_code=2)
+    assert said in invoke("--image-size", "64", *arguments, exit_code=2)
 
 
 def test_what_runs_where(tmp_path: Path) -> None:
@@ -171,6 +175,22 @@ def test_what_runs_where(tmp_path: Path) -> None:
     assert (both.graph, both.engine) == (files["graph"], files["engine"])
     with pytest.raises(ValueError, match="'g' has two files of one kind"):
         find_subjects([], [], [f"g={files['graph']}", f"g={files['engine']}"], [], 32, None)
+
+
+def test_a_name_ends_at_the_first_equals_sign(tmp_path: Path) -> None:
+    file = tmp_path / "lr=1" / "N=16.onnx"
+    file.parent.mkdir()
+    file.touch()
+    (named,) = find_subjects([], [], [f"ours={file}"], [], 32, None)
+    assert (named.name, named.graph) == ("ours", file)
+    (unnamed,) = find_subjects([], [], [str(file)], [], 32, None)
+    assert (unnamed.name, unnamed.graph) == ("N=16", file)
+
+
+def test_what_a_model_cannot_take_is_told_before_it_is_loaded(tmp_path: Path) -> None:
+    wrapped(RT_DETR).config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="this host cannot take images of 161 x 161"):
+        find_subjects([], [str(tmp_path)], [], [], 161, None)
 
 
 def test_ap_comes_by_name_and_from_an_ablation(tmp_path: Path) -> None:
