@@ -86,6 +86,17 @@ class DetrexCheckpoint:
         pixels = torch.from_numpy(np.ascontiguousarray(inputs.image.transpose(2, 0, 1)))[None].float()
         return pixels / 255 if self.holds_detector else pixels
 
+    def normalisation(self) -> Mapping[str, Any]:
+        """See :class:`~dfine_plugin.checkpoints.Checkpoint`."""
+        channels = self.config.dataloader.test.mapper.img_format
+        # detrex's own hosts normalise by themselves
+        return {
+            "channels": channels,
+            "scale": 1 / 255 if self.holds_detector else 1.0,
+            "mean": [0.0] * 3,
+            "std": [1.0] * 3,
+        }
+
     def class_names(self) -> Mapping[int, str]:
         """See :class:`~dfine_plugin.checkpoints.Checkpoint`."""
         names = instantiate(self.config.dataloader.test.dataset.names)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -63,6 +64,15 @@ class TransformersCheckpoint:
         height, width = size or (IMAGE_SIZE, IMAGE_SIZE)
         pixels = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR), dtype=np.float32) / 255
         return torch.from_numpy(pixels).permute(2, 0, 1)[None].contiguous()
+
+    def normalisation(self) -> Mapping[str, Any]:
+        """See :class:`~dfine_plugin.checkpoints.Checkpoint`."""
+        scale, mean, std = 1 / 255, [0.0] * 3, [1.0] * 3
+        if self.processor is not None:
+            scale = self.processor.rescale_factor if self.processor.do_rescale else 1.0
+            if self.processor.do_normalize:
+                mean, std = list(self.processor.image_mean), list(self.processor.image_std)
+        return {"channels": "RGB", "scale": scale, "mean": mean, "std": std}
 
     def class_names(self) -> Mapping[int, str]:
         """See :class:`~dfine_plugin.checkpoints.Checkpoint`."""

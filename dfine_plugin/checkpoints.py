@@ -40,6 +40,10 @@ class Checkpoint(Protocol):
             ``(1, 3, H, W)`` float32, without padding: boxes are in units of the whole image.
         """
 
+    def normalisation(self) -> Mapping[str, Any]:
+        """What :meth:`preprocess` does to values from 0 to 255, as JSON can hold it: the order of ``channels``, and
+        ``(value * scale - mean) / std``."""
+
     def class_names(self) -> Mapping[int, str]:
         """From class to name, as far as the checkpoint knows them."""
 

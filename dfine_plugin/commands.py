@@ -155,7 +155,8 @@ def export(
     detector = _load(checkpoint)
     batch = None if dynamic_batch else batch_size
     with _told():
-        export_onnx(detector, output, size, batch, precision.value, detections)
+        about = {"class_names": dict(checkpoint.class_names()), "normalisation": dict(checkpoint.normalisation())}
+        export_onnx(detector, output, size, batch, precision.value, detections, metadata=about)
     count = "any number of" if batch is None else batch
     typer.echo(f"{checkpoint} -> {output}: {precision.value}, {count} images of {height} x {width}")
     if not paths:
