@@ -232,6 +232,7 @@ def show(
     threshold: Annotated[float, typer.Option(min=0, max=1, help="least score of a detection")] = 0.5,
     top: Annotated[int, typer.Option(min=1, help="how many detections, the best first, to show in detail")] = 3,
     layers: Annotated[Layers, typer.Option(help="decoder layers to show")] = Layers.last,
+    dpi: Annotated[int, typer.Option(min=20, max=1200, help="pixels an inch; the picture is 14 inches wide")] = 100,
     output: Annotated[
         Path, typer.Option(help="the picture to write", dir_okay=False, callback=_check_picture_name)
     ] = Path("distributions.png"),
@@ -254,7 +255,7 @@ def show(
         raise typer.Exit(1)
     figure = draw_detections(np.asarray(picture), detections, detailed=top, all_layers=layers is Layers.all)
     output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=100)
+    figure.savefig(output, dpi=dpi)
     typer.echo(f"{len(detections)} of score {threshold} or above, {min(top, len(detections))} in detail: {output}")
 
 
