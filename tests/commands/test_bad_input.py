@@ -3,6 +3,7 @@
 import json
 import re
 import struct
+import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,10 @@ from transformers import BertConfig
 from typer.testing import CliRunner
 
 from dfine_plugin.checkpoints import open_checkpoint
+from dfine_plugin.cli import main
 from dfine_plugin.commands import app
+from dfine_plugin.export import coco
+from dfine_plugin.pictures import read_picture
 
 from ..adapters.hosts import build, wrapped
 from ..adapters.transformers_hosts import HOSTS
@@ -81,8 +85,6 @@ def test_a_picture_that_cannot_be_read(
 
 
 def test_a_picture_of_many_pixels_is_read_without_a_word(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
-    from dfine_plugin.pictures import read_picture
-
     Image.new("L", (10_000, 9_500)).save(tmp_path / "large.png", compress_level=1)
     assert read_picture(tmp_path / "large.png").size == (10_000, 9_500)
     assert not recwarn
@@ -100,9 +102,17 @@ def test_data_that_is_none(unread: Path, tmp_path: Path) -> None:
     ]:
         (data / "instances_val.json").write_text(content)
         assert said in refused(*call)
-    coco = {"images": [{"file_name": "0.png"}], "annotations": [], "categories": []}
-    (data / "instances_val.json").write_text(json.dumps(coco))
+    split = {"images": [{"file_name": "0.png"}], "annotations": [], "categories": []}
+    (data / "instances_val.json").write_text(json.dumps(split))
     assert f"{data / 'images' / '0.png'} cannot be read: " in refused(*call)
+
+
+def test_ap_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coco, "find_spec", lambda name: None)
+    call = ["dfine-plugin", "export", "--model", str(tmp_path), "--data", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", call)
+    with pytest.raises(SystemExit, match=r"^dfine-plugin: AP needs pycocotools: pip install .*\[export,bench\]'$"):
+        main()
 
 
 @pytest.mark.parametrize("name", ["rt-detr", "rt-detr-v2", "deformable-detr-two-stage"])
