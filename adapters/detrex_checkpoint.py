@@ -18,6 +18,8 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from torch import Tensor
 
+from dfine_plugin.image_sizes import RT_DETR_STRIDES, check_image_size
+
 from .common import Host
 
 
@@ -70,6 +72,11 @@ class DetrexCheckpoint:
         detector = model.detector if self.holds_detector else model
         return detector.float().eval()
 
+    def check_size(self, size: tuple[int, int]) -> None:
+        """See :class:`~dfine_plugin.checkpoints.Checkpoint`."""
+        # detrex's own hosts take any size
+        check_image_size(size, RT_DETR_STRIDES if self.holds_detector else ())
+
     def preprocess(self, image: Image.Image, size: tuple[int, int] | None = None) -> Tensor:
         """See :class:`~dfine_plugin.checkpoints.Checkpoint`."""
         mapper = self.config.dataloader.test.mapper
@@ -78,6 +85,17 @@ class DetrexCheckpoint:
         T.AugmentationList(augmentation)(inputs)
         pixels = torch.from_numpy(np.ascontiguousarray(inputs.image.transpose(2, 0, 1)))[None].float()
         return pixels / 255 if self.holds_detector else pixels
+
+    def normalisation(self) -> Mapping[str, Any]:
+        """See :class:`~dfine_plugin.checkpoints.Checkpoint`."""
+        channels = self.config.dataloader.test.mapper.img_format
+        # detrex's own hosts normalise by themselves
+        return {
+            "channels": channels,
+            "scale": 1 / 255 if self.holds_detector else 1.0,
+            "mean": [0.0] * 3,
+            "std": [1.0] * 3,
+        }
 
     def class_names(self) -> Mapping[int, str]:
         """See :class:`~dfine_plugin.checkpoints.Checkpoint`."""

@@ -2,13 +2,17 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForObjectDetection
 from transformers.utils import IMAGE_PROCESSOR_NAME, logging
+
+from dfine_plugin.image_sizes import check_image_size
 
 from .common import Host
 from .transformers_common import SETTINGS, load_pretrained
@@ -26,10 +30,13 @@ class TransformersCheckpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.config = AutoConfig.from_pretrained(folder)
         self.processor = None
-        if (folder / IMAGE_PROCESSOR_NAME).is_file():
-            self.processor = AutoImageProcessor.from_pretrained(folder)
+        try:
+            self.config = AutoConfig.from_pretrained(folder)
+            if (folder / IMAGE_PROCESSOR_NAME).is_file():
+                self.processor = AutoImageProcessor.from_pretrained(folder)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{folder} cannot be read: {_first_line(error)}") from error
 
     def __str__(self) -> str:
         return self.folder.name
@@ -40,8 +47,13 @@ class TransformersCheckpoint:
         logging.disable_progress_bar()
         try:
             return load(self.folder, dtype=torch.float32).eval()
-        except OSError as error:
-            raise ValueError(str(error)) from error
+        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+            raise ValueError(f"{self.folder} cannot be loaded: {_first_line(error)}") from error
+
+    def check_size(self, size: tuple[int, int]) -> None:
+        """See :class:`~dfine_plugin.checkpoints.Checkpoint`."""
+        # only hosts that merge levels state their strides
+        check_image_size(size, getattr(self.config, "feat_strides", ()))
 
     def preprocess(self, image: Image.Image, size: tuple[int, int] | None = None) -> Tensor:
         """See :class:`~dfine_plugin.checkpoints.Checkpoint`."""
@@ -53,6 +65,19 @@ class TransformersCheckpoint:
         pixels = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR), dtype=np.float32) / 255
         return torch.from_numpy(pixels).permute(2, 0, 1)[None].contiguous()
 
+    def normalisation(self) -> Mapping[str, Any]:
+        """See :class:`~dfine_plugin.checkpoints.Checkpoint`."""
+        scale, mean, std = 1 / 255, [0.0] * 3, [1.0] * 3
+        if self.processor is not None:
+            scale = self.processor.rescale_factor if self.processor.do_rescale else 1.0
+            if self.processor.do_normalize:
+                mean, std = list(self.processor.image_mean), list(self.processor.image_std)
+        return {"channels": "RGB", "scale": scale, "mean": mean, "std": std}
+
     def class_names(self) -> Mapping[int, str]:
         """See :class:`~dfine_plugin.checkpoints.Checkpoint`."""
         return self.config.id2label
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

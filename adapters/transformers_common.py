@@ -103,9 +103,11 @@ class TransformersAdapter:
 
     def begin(self, model: Host, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[dict[str, Tensor]] | None:
         """See :class:`~dfine_plugin.registry.Adapter`. Returns the labels among the arguments."""
-        labels = inspect.signature(type(model).forward).bind(model, *args, **kwargs).arguments.get("labels")
+        given = inspect.signature(type(model).forward).bind(model, *args, **kwargs).arguments
+        labels, pixels = given.get("labels"), given.get("pixel_values")
         if labels is not None:
-            check_targets(labels, model.config.num_labels, labels_key="class_labels", boxes_key="boxes")
+            count = None if pixels is None else len(pixels)
+            check_targets(labels, model.config.num_labels, "class_labels", "boxes", num_images=count)
         return labels
 
     def host_boxes(self, model: Host, layer: int, hidden_states: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:

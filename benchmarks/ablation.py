@@ -23,7 +23,7 @@ import typer
 from rich.console import Console
 
 from dfine_plugin.benchmarks.hosts import HOSTS
-from dfine_plugin.benchmarks.report import closing_lines, figures, markdown
+from dfine_plugin.benchmarks.options import check_device_name, check_host_takes
 from dfine_plugin.benchmarks.runs import RunSettings, write_json
 from dfine_plugin.benchmarks.scheduling import Cluster, run_all
 from dfine_plugin.benchmarks.variants import BASELINE, DEFAULT_VARIANTS, parse_variants
@@ -83,7 +83,7 @@ def main(
     train_images: Annotated[int, typer.Option(min=1, help="of the shapes")] = 2000,
     val_images: Annotated[int, typer.Option(min=1, help="of the shapes")] = 400,
     long: Annotated[bool, typer.Option("--long", help=f"at least {LONG_SEEDS} seeds")] = False,
-    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu or cuda", callback=check_device_name)] = "cpu",
     jobs: Annotated[int | None, typer.Option(help="processes at a time; default: the number of cores")] = None,
     ray: Annotated[
         str | None,
@@ -92,7 +92,9 @@ def main(
     gpus_per_run: Annotated[
         float | None, typer.Option(min=0.0, help="of a Ray cluster; less than 1 to share one. Default: 1 with cuda")
     ] = None,
-    output: Annotated[Path, typer.Option(help="folder for runs, table, figures and plots")] = Path("ablation"),
+    output: Annotated[Path, typer.Option(help="folder for runs, table, figures and plots", file_okay=False)] = Path(
+        "ablation"
+    ),
     save_models: Annotated[
         bool, typer.Option("--save-models", help="keep each run's averaged weights as well")
     ] = False,
@@ -101,6 +103,8 @@ def main(
     console = Console()
     if host not in HOSTS:
         raise typer.BadParameter(f"{host!r} is not one of {', '.join(HOSTS)}", param_hint="--host")
+    check_host_takes(host, image_size)
+    _check_data(data)
     if HOSTS[host].calls_cuda and device == "cpu":
         console.print(f"{host} calls .cuda() in its own code: trained without these calls")
     if save_models and host.startswith("detrex/"):
@@ -153,11 +157,21 @@ def main(
         raise typer.Exit(1)
 
 
+def _check_data(data: str) -> None:
+    needed = [] if data == "shapes" else [Path(data) / name for name in ("instances_train.json", "instances_val.json")]
+    if missing := [str(path) for path in needed if not path.is_file()]:
+        raise typer.BadParameter(
+            f"there is no {' and no '.join(missing)}: give 'shapes' or a folder with these and images/",
+            param_hint="--data",
+        )
+
+
 def write_report(
     results: list[dict[str, Any]], failures: list[str], tuning: dict[str, Any] | None, output: Path, console: Console
 ) -> None:
     """Write table, figures and plots to `output`, print the table and, last, the gains with their intervals."""
     from dfine_plugin.benchmarks.plots import plot_ap_over_steps, plot_ap_per_threshold
+    from dfine_plugin.benchmarks.report import closing_lines, figures, markdown
 
     command = shlex.join(["python", "-m", "dfine_plugin.benchmarks.ablation", *sys.argv[1:]])
     table = markdown(results, failures)

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from dfine_plugin.benchmarks import progress
 from dfine_plugin.benchmarks.runs import Result, RunSettings, save_run
+from dfine_plugin.installing import install_hint
 
 LOCAL = "local"
 """In place of a cluster's address: a cluster of this machine alone, for this command alone."""
@@ -53,7 +54,7 @@ def run_on_cluster(
         from ray.util.queue import Queue
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
     except ImportError as error:
-        raise ImportError('runs on a cluster need Ray: pip install "dfine-plugin[cluster]"') from error
+        raise ImportError(f"runs on a cluster need Ray: {install_hint('cluster')}") from error
 
     ours = not ray.is_initialized()
     if ours and address == LOCAL:

@@ -11,12 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from dfine_plugin.benchmarks.detrex_configs import CALL_CUDA, CONFIGS
 
-from dfine_plugin.benchmarks.detrex_hosts import CALL_CUDA, CONFIGS, build_detrex_host
-from dfine_plugin.benchmarks.initialisation import initialise_from_scratch
+if TYPE_CHECKING:
+    from torch import nn
+
+    Builder = Callable[[list[str], int], nn.Module]
 
 
 @dataclass(frozen=True)
@@ -31,14 +33,14 @@ class Host:
 
 HOSTS: dict[str, Host] = {}
 
-Builder = Callable[[list[str], int], nn.Module]
-
 
 def host(name: str, learning_rate: float) -> Callable[[Builder], Builder]:
     """Register the decorated builder of a transformers host under `name`; weights are drawn as its authors do."""
 
     def register(build: Builder) -> Builder:
         def from_scratch(class_names: list[str], num_queries: int) -> nn.Module:
+            from dfine_plugin.benchmarks.initialisation import initialise_from_scratch
+
             model = build(class_names, num_queries)
             initialise_from_scratch(model)
             return model
@@ -149,7 +151,11 @@ def deformable_detr_two_stage(class_names: list[str], num_queries: int) -> nn.Mo
     return _deformable_detr(class_names, num_queries, two_stage=True)
 
 
+def _detrex(name: str, class_names: list[str], num_queries: int) -> nn.Module:
+    from dfine_plugin.benchmarks.detrex_hosts import build_detrex_host
+
+    return build_detrex_host(name, class_names, num_queries)
+
+
 for _name in CONFIGS:
-    HOSTS[f"detrex/{_name}"] = Host(
-        partial(build_detrex_host, _name), learning_rate=5e-4, calls_cuda=_name in CALL_CUDA
-    )
+    HOSTS[f"detrex/{_name}"] = Host(partial(_detrex, _name), learning_rate=5e-4, calls_cuda=_name in CALL_CUDA)

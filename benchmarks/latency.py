@@ -1,6 +1,6 @@
 """How long an inference takes: host against wrapped, or any models, graphs and engines, under one protocol.
 
-    pip install "dfine-plugin[bench,export]"
+    pip install ".[bench,export]"
     python -m dfine_plugin.benchmarks.latency --host rt-detr-r18
     python -m dfine_plugin.benchmarks.latency --model baseline=DIR --model fdr=DIR --images FOLDER --ap ablation.json
     python -m dfine_plugin.benchmarks.latency --host rt-detr-r50 --backend tensorrt-rtx --backend torch-cudagraph
@@ -12,7 +12,7 @@ selection of detections unless the graph contains it. Wrapped models are deploye
 
 Beside each row stands its parity: confident detections of the very object that was timed, matched with those of the
 model in float32 on the CPU. The weights of `--host` are fresh, and made to tell places apart
-(:func:`~dfine_plugin.benchmarks.full_size_hosts.settled_pair`). Their queries still score more alike than a trained
+(:func:`~dfine_plugin.benchmarks.settled_hosts.settled_pair`). Their queries still score more alike than a trained
 model's, and in half precision others are selected at the selection's edge, whatever the decoder makes of them. So there
 parity is how many of the best detections are found again, and no verdict.
 """
@@ -28,29 +28,22 @@ from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
-import torch
 import typer
 from rich.console import Console
 
+from dfine_plugin.benchmarks.backends import BACKENDS, PRECISIONS
 from dfine_plugin.benchmarks.full_size_hosts import HOSTS
-from dfine_plugin.benchmarks.interleaving import interleave, paired_ratio, summarise
-from dfine_plugin.benchmarks.latency_report import latency_markdown
-from dfine_plugin.benchmarks.machine import GPUProbe, describe_readings, environment
-from dfine_plugin.benchmarks.runners import BACKENDS, DTYPES, Runner, check_backend
+from dfine_plugin.benchmarks.options import check_device_name, check_host_takes, find_device
 from dfine_plugin.benchmarks.runs import Result, write_json
-from dfine_plugin.benchmarks.subjects import NUM_SCENES, Subject, find_subjects
 from dfine_plugin.errors import UnsupportedModelError
-from dfine_plugin.export import measure_parity
-from dfine_plugin.export.engine import BACKENDS as ENGINE_BACKENDS
-from dfine_plugin.export.parity import LARGEST_MOVE, Detections, torch_detections
+from dfine_plugin.targets import BACKENDS as ENGINE_BACKENDS
 
-CONFIDENT = 0.3
-"""The score from which on a detection counts in parity."""
-NUM_BEST = 50
-"""How many of an image's best detections count, where weights are fresh and no score means anything."""
+if TYPE_CHECKING:
+    import torch
+
+    from dfine_plugin.benchmarks.machine import GPUProbe
 
 
 def main(
@@ -70,18 +63,40 @@ def main(
     runs: Annotated[int, typer.Option(min=1, help="timed runs of each row")] = 50,
     warmup: Annotated[int, typer.Option(min=0, help="runs of each row before that")] = 10,
     pause: Annotated[float, typer.Option(min=0, help="milliseconds before each timed run")] = 200,
-    images: Annotated[Path | None, typer.Option(help="folder with images for the models' parity")] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="folder with images for the models' parity", exists=True, file_okay=False)
+    ] = None,
     ap: Annotated[list[str] | None, typer.Option(help="NAME=AP, or an ablation.json: for the plot")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one")] = None,
-    output: Annotated[Path, typer.Option(help="folder for table, figures and plots")] = Path("latency"),
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda; default: cuda where there is one", callback=check_device_name)
+    ] = None,
+    output: Annotated[Path, typer.Option(help="folder for table, figures and plots", file_okay=False)] = Path(
+        "latency"
+    ),
 ) -> None:
     """Time inferences of several models on several backends in turn."""
+    for option, values, known in (
+        ("--host", host or [], [*HOSTS]),
+        ("--backend", backend or [], [*BACKENDS]),
+        ("--precision", [precision] if precision else [], [*PRECISIONS]),
+    ):
+        for value in values:
+            if value not in known:
+                raise typer.BadParameter(f"{value!r} is not one of {', '.join(known)}", param_hint=option)
+    if not (host or model or onnx or engine):
+        host = ["rt-detr-r18"]
+    for name in host or []:
+        check_host_takes(name, image_size)
+    # from here on torch is needed, which takes seconds to import
+    from dfine_plugin.benchmarks.interleaving import interleave, paired_ratio, summarise
+    from dfine_plugin.benchmarks.latency_rows import build_rows
+    from dfine_plugin.benchmarks.machine import GPUProbe, environment
+    from dfine_plugin.benchmarks.subjects import NUM_SCENES, find_subjects
+
     console = Console()
     where, chosen, precision, notes = _choose(device, backend, precision)
     for note in notes:
         console.print(note, soft_wrap=True)
-    if not (host or model or onnx or engine):
-        host = ["rt-detr-r18"]
     try:
         subjects = find_subjects(host or [], model or [], onnx or [], engine or [], image_size, images)
     except (ValueError, OSError, UnsupportedModelError) as error:
@@ -129,10 +144,12 @@ def _choose(
     device: str | None, backends: list[str] | None, precision: str | None
 ) -> tuple[torch.device, list[str], str, list[str]]:
     """Device, backends and precision, and what to say about those that were not asked for."""
+    import torch
+
+    from dfine_plugin.benchmarks.runners import check_backend
+
     has_gpu = torch.cuda.is_available()
-    if device not in (None, "cpu") and not has_gpu:
-        raise typer.BadParameter("there is no GPU here that PyTorch can use", param_hint="--device")
-    where = torch.device(device or ("cuda" if has_gpu else "cpu"))
+    where = find_device(device or ("cuda" if has_gpu else "cpu"))
     notes = []
     if where.type == "cpu" and not has_gpu:
         notes.append("There is no GPU here: these are the CPU's times.")
@@ -150,77 +167,7 @@ def _choose(
         precision = "fp16" if where.type == "cuda" else "fp32"
         if where.type == "cpu":
             notes.append("No precision is asked for: fp32, for a CPU has no fast half precision.")
-    if precision not in DTYPES:
-        raise typer.BadParameter(f"{precision!r} is not one of {', '.join(DTYPES)}", param_hint="--precision")
     return where, backends, precision, notes
-
-
-def build_rows(
-    subjects: Sequence[Subject],
-    backends: Sequence[str],
-    precision: str,
-    batch_size: int,
-    device: torch.device,
-    folder: Path,
-    console: Console,
-) -> tuple[list[dict[str, Any]], list[Runner], list[str]]:
-    """Every subject on every backend that can run it, with its parity; the runners; and what failed and why.
-
-    Raises:
-        typer.Exit: nothing could be built.
-    """
-    rows, runners, failures = [], [], []
-    for number, subject in enumerate(subjects):
-        expected = torch_detections(subject.model, subject.images) if subject.model is not None else None
-        batch = subject.images[0].expand(batch_size, -1, -1, -1).contiguous().to(device)
-        own_folder = folder / str(number)
-        own_folder.mkdir()
-        for backend in filter(subject.runs_on, backends):
-            console.print(f"building {subject.name} on {backend} ...")
-            try:
-                runner = subject.runner(backend, batch, precision, own_folder)
-                parity = measure_row(runner, subject, expected)
-            except Exception as error:  # whatever a backend refuses a model with, the others still run
-                failures.append(f"{subject.name} on {backend}: {type(error).__name__}: {error}")
-                console.print(f"failed: {failures[-1]}", markup=False, soft_wrap=True)
-                continue
-            built = subject.engine is not None and backend in ENGINE_BACKENDS
-            row = {"model": subject.name, "backend": backend, "precision": None if built else precision}
-            rows.append({**row, "parity": parity})
-            runners.append(runner)
-    if not rows:
-        raise typer.Exit(1)
-    return rows, runners, failures
-
-
-def measure_row(runner: Runner, subject: Subject, expected: Sequence[Detections] | None) -> dict[str, Any] | str:
-    """The parity of what a runner detects in its subject's images, or why there is none.
-
-    Args:
-        runner: has run at least once when this returns.
-        subject: whose runner it is.
-        expected: what it should detect in each image, None if that is not known.
-    """
-    found = runner.detect(subject.images)
-    if expected is None:
-        return "no model to compare with"
-    if not all(np.isfinite(values).all() for detections in found for values in detections):
-        return "**failed**: not finite"
-    if subject.fresh:
-        best = [detections.above(np.sort(detections.scores)[-NUM_BEST:][0]) for detections in expected]
-        total = sum(len(detections.scores) for detections in best)
-        return {"num_detections": total, "num_near": sum(map(count_near, best, found))}
-    if not any(len(detections.above(CONFIDENT).scores) for detections in expected):
-        return f"no detection of score {CONFIDENT}"
-    parity = measure_parity(expected, found, threshold=CONFIDENT)
-    return {**asdict(parity), "passed": parity.passed}
-
-
-def count_near(expected: Detections, found: Detections) -> int:
-    """How many of an image's expected detections have one of the same label with all edges near."""
-    distance = np.abs(expected.boxes[:, None] - found.boxes[None]).max(-1)
-    near = (distance <= LARGEST_MOVE) & (expected.labels[:, None] == found.labels[None])
-    return int(near.any(1).sum())
 
 
 def read_ap(specs: Sequence[str], names: Sequence[str]) -> dict[str, float]:
@@ -248,12 +195,15 @@ def read_ap(specs: Sequence[str], names: Sequence[str]) -> dict[str, float]:
 
 
 def _gpu(probe: GPUProbe) -> Mapping[str, Any]:
+    from dfine_plugin.benchmarks.machine import describe_readings
+
     summary = describe_readings(probe.readings) if probe.readings else f"clocks not known: {probe.failure}"
     return {"summary": summary, "readings": [asdict(reading) for reading in probe.readings]}
 
 
 def write_report(result: Result, output: Path, console: Console) -> None:
     """Write table, figures and plots to `output`, and print the table."""
+    from dfine_plugin.benchmarks.latency_report import latency_markdown
     from dfine_plugin.benchmarks.plots import plot_ap_over_latency, plot_runs
 
     table = latency_markdown(result)

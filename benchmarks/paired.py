@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
-from scipy.stats import t as student_t
-
 
 @dataclass(frozen=True)
 class PairedDifference:
@@ -37,6 +35,8 @@ def paired_difference(
     count = len(differences)
     half_width = None
     if count > 1:
+        from scipy.stats import t as student_t
+
         quantile = float(student_t.ppf((1 + confidence) / 2, count - 1))
         half_width = quantile * stdev(differences.values()) / count**0.5
     return PairedDifference(fmean(differences.values()), half_width, differences)

@@ -20,7 +20,6 @@ from statistics import fmean, median
 from typing import Any
 
 import numpy as np
-import torch
 
 from dfine_plugin.benchmarks.paired import PairedDifference, mean_and_spread, paired_difference
 from dfine_plugin.benchmarks.runs import Result
@@ -214,6 +213,8 @@ def closing_lines(results: Sequence[Result]) -> list[str]:
 
 def figures(results: Sequence[Result], command: str, tuning: dict[str, Any] | None, failures: Sequence[str]) -> Result:
     """All that the run found and how, ready for JSON."""
+    import torch
+
     summary = {}
     for variant in variants_of(results):
         differences = {metric: gain(results, variant, metric) for metric in METRICS}

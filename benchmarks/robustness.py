@@ -13,22 +13,20 @@ import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.progress import track
 
-from dfine_plugin.benchmarks.corruptions import CORRUPTIONS, STRENGTHS, corrupt
-from dfine_plugin.benchmarks.detection_data import DetectionData
-from dfine_plugin.benchmarks.evaluation import coco_metrics, detect
+from dfine_plugin.benchmarks.options import check_device_name, find_device
 from dfine_plugin.benchmarks.paired import PairedDifference, paired_difference
 from dfine_plugin.benchmarks.report import table_header, table_row
-from dfine_plugin.benchmarks.runs import Result, RunSettings, write_json
-from dfine_plugin.benchmarks.training import load_data
+from dfine_plugin.benchmarks.runs import Result, RunSettings, find_model, write_json
 from dfine_plugin.benchmarks.variants import BASELINE
-from dfine_plugin.checkpoints import open_checkpoint
+
+if TYPE_CHECKING:
+    from dfine_plugin.benchmarks.detection_data import DetectionData
 
 CLEAN = "clean"
 
@@ -38,6 +36,8 @@ Scores = dict[str, dict[str, dict[int, float]]]
 
 def conditions(data: DetectionData) -> dict[str, DetectionData]:
     """The data as it is, and spoilt in every way and strength."""
+    from dfine_plugin.benchmarks.corruptions import CORRUPTIONS, STRENGTHS, corrupt
+
     spoilt = {
         f"{name} {strength}": replace(data, images=corrupt(data.images, name, strength))
         for name in CORRUPTIONS
@@ -51,7 +51,7 @@ def find_models(folder: Path) -> dict[RunSettings, Path]:
     found = {}
     for path in sorted((folder / "runs").glob("*.json")):
         settings = RunSettings(**json.loads(path.read_text())["settings"])
-        if (model := folder / "models" / settings.key()).is_dir():
+        if (model := find_model(folder / "models", settings)) is not None:
             found[settings] = model
     return found
 
@@ -85,22 +85,26 @@ def markdown(scores: Scores, title: str) -> str:
 def main(
     folder: Annotated[Path, typer.Argument(help="output of an ablation that kept its models (--save-models)")],
     batch_size: Annotated[int, typer.Option(min=1, help="images at a time")] = 50,
-    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu or cuda", callback=check_device_name)] = "cpu",
 ) -> None:
     """Evaluate an ablation's models on spoilt validation images."""
-    from dfine_plugin.benchmarks.plots import plot_robustness
-
     console = Console()
     models = find_models(folder)
     if not any(settings.variant == BASELINE for settings in models):
         raise typer.BadParameter(f"{folder} has no models of a finished ablation with a baseline (--save-models)")
+    from dfine_plugin.benchmarks.evaluation import coco_metrics, detect
+    from dfine_plugin.benchmarks.plots import plot_robustness
+    from dfine_plugin.benchmarks.training import load_data
+    from dfine_plugin.checkpoints import open_checkpoint
+
+    where = find_device(device)
     first = next(iter(models))
     data = load_data(first.data, "val", first.image_size, first.val_images)
     scores: Scores = {}
-    loaded = {settings: open_checkpoint(path).load().to(device) for settings, path in models.items()}
+    loaded = {settings: open_checkpoint(path).load().to(where) for settings, path in models.items()}
     for condition, spoilt in track(conditions(data).items(), console=console, description="conditions"):
         for settings, model in loaded.items():
-            metrics = coco_metrics(detect(model, spoilt, batch_size, torch.device(device)), data.coco, data.sides)
+            metrics = coco_metrics(detect(model, spoilt, batch_size, where), data.coco, data.sides)
             scores.setdefault(condition, {}).setdefault(settings.variant, {})[settings.seed] = metrics["AP"]
     table = markdown(scores, f"{first.host} on {Path(first.data).name}")
     (folder / "robustness.md").write_text(table)

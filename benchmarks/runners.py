@@ -15,11 +15,12 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
+from dfine_plugin.benchmarks.backends import BACKENDS, CPU_BACKENDS
 from dfine_plugin.export import static_sizes
-from dfine_plugin.export.engine import BACKENDS as ENGINE_BACKENDS
 from dfine_plugin.export.engine import find_backend
 from dfine_plugin.export.graph import inference_module
 from dfine_plugin.export.parity import Detections, best_detections
+from dfine_plugin.targets import BACKENDS as ENGINE_BACKENDS
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -234,8 +235,6 @@ class Engine(Runner):
 
 
 TORCH_BACKENDS: dict[str, type[Eager]] = {"torch": Eager, "torch-compile": Compiled, "torch-cudagraph": CUDAGraph}
-BACKENDS = (*TORCH_BACKENDS, "onnxruntime", *ENGINE_BACKENDS)
-CPU_BACKENDS = ("torch", "torch-compile", "onnxruntime")
 
 
 def _wait(device: torch.device) -> None:

@@ -42,10 +42,13 @@ class RunSettings:
     device: str = "cpu"
 
     def key(self) -> str:
-        """A name for this run that tells any two settings apart."""
-        digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:10]
-        readable = re.sub(r"[^\w.=+-]+", "_", f"{self.host}-{self.variant}-seed{self.seed}")
-        return f"{readable}-{digest}"
+        """A name for this run that tells any two settings apart, and that other commands can take as NAME=FOLDER."""
+        readable = re.sub(r"[^\w.+-]+", "_", f"{self.host}-{self.variant}-seed{self.seed}")
+        return f"{readable}-{self.digest()}"
+
+    def digest(self) -> str:
+        """What tells any two settings apart in :meth:`key`."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:10]
 
     def evaluation_steps(self) -> list[int]:
         """The steps after which the model is evaluated, ascending, the last one included."""
@@ -80,8 +83,8 @@ def code_digest() -> str:
 
 def load_run(folder: Path, settings: RunSettings) -> Result | None:
     """The stored result of this very run, None where it has not finished."""
-    path = folder / f"{settings.key()}.json"
-    return json.loads(path.read_text()) if path.is_file() else None
+    path = _stored(folder, settings, ".json")
+    return json.loads(path.read_text()) if path else None
 
 
 def save_run(folder: Path, settings: RunSettings, result: Result) -> None:
@@ -89,9 +92,14 @@ def save_run(folder: Path, settings: RunSettings, result: Result) -> None:
     write_json(folder / f"{settings.key()}.json", result)
 
 
-def has_model(folder: Path, settings: RunSettings) -> bool:
-    """Whether :func:`save_model` has kept this very run's weights."""
-    return (folder / settings.key()).is_dir()
+def find_model(folder: Path, settings: RunSettings) -> Path | None:
+    """Where :func:`save_model` has kept this very run's weights, if it has."""
+    return _stored(folder, settings, "")
+
+
+def _stored(folder: Path, settings: RunSettings, suffix: str) -> Path | None:
+    # by the digest alone: what earlier versions stored has an equals sign in its name
+    return next(iter(sorted(folder.glob(f"*-{settings.digest()}{suffix}"))), None)
 
 
 def save_model(folder: Path, settings: RunSettings, model: Any) -> None:

@@ -13,11 +13,10 @@ from pathlib import Path
 from queue import Queue
 from threading import Thread
 
-import torch
 from rich.console import Console
 
 from dfine_plugin.benchmarks import progress
-from dfine_plugin.benchmarks.runs import Result, RunSettings, has_model, load_run, save_run
+from dfine_plugin.benchmarks.runs import Result, RunSettings, find_model, load_run, save_run
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ def run_all(
     With `models`, that folder gets a checkpoint of each run, and a run without one is repeated.
     Under torchrun or accelerate launch the processes are one job: the runs come one after the other in this process.
     """
-    missing = [run for run in runs if load_run(folder, run) is None or (models and not has_model(models, run))]
+    missing = [run for run in runs if load_run(folder, run) is None or (models and find_model(models, run) is None)]
     if len(missing) < len(runs):
         console.print(f"{len(runs) - len(missing)} of {len(runs)} runs are finished already and not run again")
     if not missing:
@@ -108,6 +107,8 @@ def _run_in_processes(
 
 
 def _start_worker() -> None:
+    import torch
+
     _end_with_parent()
     torch.set_num_threads(1)
     # One warning a process and step about the hosts' own code; it would tear the progress bars.

@@ -11,14 +11,16 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image
 
-from dfine_plugin.benchmarks.full_size_hosts import HOSTS, settled_pair
+from dfine_plugin.benchmarks.full_size_hosts import HOSTS
 from dfine_plugin.benchmarks.runners import TORCH_BACKENDS, Engine, OnnxRuntime, Runner
+from dfine_plugin.benchmarks.settled_hosts import settled_pair
 from dfine_plugin.benchmarks.shapes import make_shapes
 from dfine_plugin.checkpoints import open_checkpoint
 from dfine_plugin.export import build_engine, export_onnx
-from dfine_plugin.export.engine import BACKENDS as ENGINE_BACKENDS
 from dfine_plugin.export.engine import check_precision
+from dfine_plugin.pictures import read_picture
 from dfine_plugin.registry import find_adapter
+from dfine_plugin.targets import BACKENDS as ENGINE_BACKENDS
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png")
 NUM_SCENES = 2
@@ -109,6 +111,13 @@ def find_subjects(
         ValueError: an unknown host, a path without a model, a graph or an image, a name given twice.
         UnsupportedModelError: no adapter knows the model.
     """
+    # all that can be wrong with what was given, before anything that takes long
+    checkpoints = [(name, open_checkpoint(folder)) for name, folder in map(_name_and_path, models)]
+    for _, checkpoint in checkpoints:
+        checkpoint.check_size((image_size, image_size))
+    for _, file in map(_name_and_path, (*graphs, *engines)):
+        if not file.is_file():
+            raise ValueError(f"there is no file {file}")
     drawn = make_shapes(NUM_SCENES, image_size, seed=0).images
     scenes = drawn.float()
     scaled = scenes / 127.5 - 1
@@ -127,9 +136,7 @@ def find_subjects(
         bare, wrapped = settled_pair(host, batch)
         add(Subject(host, list(batch), bare, fresh=True))
         add(Subject(f"{host} wrapped", list(batch), wrapped, fresh=True))
-    for spec in models:
-        name, folder = _name_and_path(spec)
-        checkpoint = open_checkpoint(folder)
+    for name, checkpoint in checkpoints:
         model = checkpoint.load()
         find_adapter(model)
         images = [checkpoint.preprocess(picture, (image_size, image_size))[0] for picture in pictures]
@@ -137,8 +144,6 @@ def find_subjects(
     for kind, specs in (("graph", graphs), ("engine", engines)):
         for spec in specs:
             name, file = _name_and_path(spec)
-            if not file.is_file():
-                raise ValueError(f"there is no file {file}")
             subject = subjects.get(name, Subject(name, list(scaled)))
             if getattr(subject, kind) is not None:
                 raise ValueError(f"{name!r} has two files of one kind; name one of them: NAME=PATH")
@@ -148,8 +153,8 @@ def find_subjects(
 
 
 def _name_and_path(spec: str) -> tuple[str, Path]:
-    name, _, path = spec.rpartition("=")
-    if Path(spec).exists() or not name:  # a folder's own name may have an equals sign
+    name, equals, path = spec.partition("=")
+    if Path(spec).exists() or not equals:  # a folder's own name may have an equals sign
         return Path(spec).resolve().stem if Path(spec).is_file() else Path(spec).resolve().name, Path(spec)
     return name, Path(path)
 
@@ -158,8 +163,4 @@ def _open_all(folder: Path) -> list[Image.Image]:
     files = sorted(file for file in folder.glob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
     if not files:
         raise ValueError(f"{folder} holds no images ({', '.join(IMAGE_SUFFIXES)})")
-    pictures = []
-    for file in files:
-        with Image.open(file) as picture:
-            pictures.append(picture.convert("RGB"))
-    return pictures
+    return [read_picture(file) for file in files]

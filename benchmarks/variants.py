@@ -46,7 +46,9 @@ def parse_variants(text: str, retrofit: bool = False) -> list[str]:
     """The rows in `text`, parted by blanks or semicolons (commas part the settings within a row), checked, in order."""
     rows = list(dict.fromkeys(text.replace(";", " ").split()))
     for row in rows:
-        fdr_settings(row)
+        settings = fdr_settings(row)
+        if settings is not None:
+            FDRConfig.from_dict(settings)
         if row != BASELINE and (row.partition(":")[0] in _RETROFIT) != retrofit:
             known = ", ".join(_RETROFIT if retrofit else _NAMED)
             raise ValueError(f"{row!r} is no row of this comparison: {BASELINE}, {known}")

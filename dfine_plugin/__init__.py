@@ -1,21 +1,25 @@
 """dfine-plugin: D-FINE's box regression (FDR) and self-distillation (GO-LSD) for the DETR you already have.
 
-``model = wrap_decoder(model)``, train as before, get tighter boxes. Importing this package imports no host library.
+``model = wrap_decoder(model)``, train as before, get tighter boxes. Importing this package imports no host library, and
+torch with the first name that needs it: commands answer at once.
 """
 
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from .boxes import decode_boxes, encode_boxes
-from .calibration import calibrate
-from .checkpoints import load_pretrained
-from .config import FDRConfig
-from .errors import DFinePluginError, InvalidTargetError, NonFiniteError, UnsupportedModelError, WrapStateError
-from .head import FDRHead
-from .losses import ddf_loss, fgl_loss
-from .matching import GOLSDMatcher, union_matching
-from .registry import register_adapter, supported_hosts
-from .weighting import weighting_function
-from .wrapping import deploy, is_wrapped, unwrap_decoder, wrap_decoder
+if TYPE_CHECKING:
+    from .boxes import decode_boxes, encode_boxes
+    from .calibration import calibrate
+    from .checkpoints import load_pretrained
+    from .config import FDRConfig
+    from .errors import DFinePluginError, InvalidTargetError, NonFiniteError, UnsupportedModelError, WrapStateError
+    from .head import FDRHead
+    from .losses import ddf_loss, fgl_loss
+    from .matching import GOLSDMatcher, union_matching
+    from .registry import register_adapter, supported_hosts
+    from .weighting import weighting_function
+    from .wrapping import deploy, is_wrapped, unwrap_decoder, wrap_decoder
 
 __version__ = "0.1.0"
 
@@ -48,3 +52,35 @@ __all__ = [
     "weighting_function",
     "wrap_decoder",
 ]
+
+# where the names are, those that need no torch first
+_MODULES = (
+    "errors",
+    "config",
+    "boxes",
+    "checkpoints",
+    "head",
+    "losses",
+    "matching",
+    "registry",
+    "weighting",
+    "wrapping",
+    "calibration",
+)
+
+
+if not TYPE_CHECKING:  # a type checker would take any name for one of the package's
+
+    def __getattr__(name: str) -> Any:
+        if name in _MODULES:
+            return import_module(f".{name}", __name__)
+        if name in __all__:
+            for module in map(__getattr__, _MODULES):
+                if name in vars(module):
+                    globals()[name] = value = getattr(module, name)
+                    return value
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

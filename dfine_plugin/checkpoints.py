@@ -22,6 +22,13 @@ class Checkpoint(Protocol):
             ValueError: the checkpoint lacks weights of the model, or its library's files cannot be read.
         """
 
+    def check_size(self, size: tuple[int, int]) -> None:
+        """Refuse images of a height and width that the model cannot take, before it is loaded.
+
+        Raises:
+            ValueError: names sizes that it can take.
+        """
+
     def preprocess(self, image: Image.Image, size: tuple[int, int] | None = None) -> Tensor:
         """One image as the model's adapter takes it (:meth:`~dfine_plugin.registry.Adapter.detector`).
 
@@ -32,6 +39,10 @@ class Checkpoint(Protocol):
         Returns:
             ``(1, 3, H, W)`` float32, without padding: boxes are in units of the whole image.
         """
+
+    def normalisation(self) -> Mapping[str, Any]:
+        """What :meth:`preprocess` does to values from 0 to 255, as JSON can hold it: the order of ``channels``, and
+        ``(value * scale - mean) / std``."""
 
     def class_names(self) -> Mapping[int, str]:
         """From class to name, as far as the checkpoint knows them."""

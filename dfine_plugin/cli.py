@@ -1,5 +1,7 @@
 """The command ``dfine-plugin``."""
 
+from .installing import install_hint
+
 
 def main() -> None:
     """Run it; where what it needs is not installed, say which extra to install."""
@@ -8,6 +10,6 @@ def main() -> None:
 
         app()
     except ModuleNotFoundError as error:
-        raise SystemExit(f"dfine-plugin: {error}; pip install 'dfine-plugin[export]'") from error
+        raise SystemExit(f"dfine-plugin: {error}; {install_hint('export')}") from error
     except ImportError as error:
         raise SystemExit(f"dfine-plugin: {error}") from error

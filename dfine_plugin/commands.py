@@ -2,23 +2,40 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .errors import UnsupportedModelError
+from . import __version__
+from .errors import DFinePluginError
+from .targets import compute_capability
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from .checkpoints import Checkpoint
 
-app = typer.Typer(help="Export, build and look at wrapped DETRs.", no_args_is_help=True, add_completion=False)
+app = typer.Typer(no_args_is_help=True, add_completion=False)
 
 
-@app.callback()
-def _commands() -> None:
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"dfine-plugin {__version__}")
+        raise typer.Exit
+
+
+@app.callback(help="Export, build and look at wrapped DETRs.")
+def _commands(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version, and exit")
+    ] = False,
+) -> None:
     """Keeps the names of subcommands, however many there are."""
 
 
@@ -53,6 +70,35 @@ def _parse_size(text: str) -> tuple[int, int]:
     return size
 
 
+def _parse_target(text: str) -> str:
+    try:
+        return compute_capability(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def _check_parent(path: Path) -> Path:
+    parent = next(parent for parent in path.absolute().parents if parent.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise typer.BadParameter(f"{parent} is no folder that can be written to")
+    return path
+
+
+def _check_graph_name(path: Path) -> Path:
+    if path.suffix != ".onnx":
+        raise typer.BadParameter(f"{str(path)!r} does not end in .onnx")
+    return _check_parent(path)
+
+
+def _check_picture_name(path: Path) -> Path:
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix[1:].lower() not in known:
+        raise typer.BadParameter(f"{str(path)!r} does not end in one of .{', .'.join(sorted(known))}")
+    return _check_parent(path)
+
+
 LEAST_SIDE = 32
 ModelOption = Annotated[
     Path, typer.Option(help="folder that save_pretrained (transformers) or detrex's trainer wrote, or its .pth file")
@@ -70,7 +116,9 @@ SizeOption = Annotated[
 @app.command()
 def export(
     model: ModelOption,
-    output: Annotated[Path, typer.Option(help="the graph to write")] = Path("model.onnx"),
+    output: Annotated[Path, typer.Option(help="the graph to write", dir_okay=False, callback=_check_graph_name)] = Path(
+        "model.onnx"
+    ),
     image_size: SizeOption = None,
     precision: Annotated[Precision, typer.Option(help="what the graph computes in")] = Precision.fp32,
     batch_size: Annotated[int, typer.Option(min=1, help="images at a time")] = 1,
@@ -79,7 +127,8 @@ def export(
         int | None, typer.Option(min=1, help="put the selection of so many detections into the graph")
     ] = None,
     images: Annotated[
-        Path | None, typer.Option(exists=True, help="a folder of images to compare torch's and the graph's boxes on")
+        Path | None,
+        typer.Option(exists=True, file_okay=False, help="folder of images to compare torch's and the graph's boxes on"),
     ] = None,
     data: Annotated[
         Path | None,
@@ -94,20 +143,27 @@ def export(
     from .export import export_onnx, find_culprit, measure_parity
     from .export.coco import CocoSplit
     from .export.parity import LARGEST_MOVE, NUM_DETECTIONS, onnx_detections, torch_detections
+    from .pictures import read_picture
 
-    checkpoint, detector = _load(model)
-    height, width = size = image_size or input_size(checkpoint)
-    split = CocoSplit.read(data) if data else None
+    with _told("--data"):
+        split = CocoSplit.read(data) if data else None
     paths = split.image_paths() if split else _image_files(images) if images else []
+    for path in paths:
+        _picture(path, "--data" if split else "--images")
+    checkpoint = _open(model, image_size)
+    height, width = size = image_size or input_size(checkpoint)
+    detector = _load(checkpoint)
     batch = None if dynamic_batch else batch_size
-    export_onnx(detector, output, size, batch, precision.value, detections)
+    with _told():
+        about = {"class_names": dict(checkpoint.class_names()), "normalisation": dict(checkpoint.normalisation())}
+        export_onnx(detector, output, size, batch, precision.value, detections, metadata=about)
     count = "any number of" if batch is None else batch
     typer.echo(f"{checkpoint} -> {output}: {precision.value}, {count} images of {height} x {width}")
     if not paths:
         typer.echo("not compared with torch: give --images or --data")
         return
 
-    pixels = [checkpoint.preprocess(_picture(path), size)[0] for path in paths]
+    pixels = [checkpoint.preprocess(read_picture(path), size)[0] for path in paths]
     expected = torch_detections(detector, pixels, min(detections or NUM_DETECTIONS, NUM_DETECTIONS))
     with TemporaryDirectory() as folder:
         compared = output
@@ -117,7 +173,8 @@ def export(
                 "onnxruntime has no bf16 on a CPU: compared by a float32 graph that rounds to bf16 after each op"
             )
         found = onnx_detections(compared, pixels)
-    parity = measure_parity(expected, found, threshold)
+    with _told("--threshold"):
+        parity = measure_parity(expected, found, threshold)
     typer.echo(str(parity))
     if split:
         ours, theirs = (split.average_precision(part, size) for part in (expected, found))
@@ -134,11 +191,23 @@ def export(
 def build_engine(
     onnx: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="a graph that export wrote")],
     target: Annotated[
-        str | None, typer.Option(help="compute capability, such as sm75 (T4); default: the device at hand")
+        str | None,
+        typer.Option(
+            help="a GPU such as T4, or its compute capability, sm75; default: the device at hand",
+            parser=_parse_target,
+            metavar="GPU",
+        ),
     ] = None,
     precision: Annotated[Precision, typer.Option(help="the graph's, which is checked")] = Precision.fp16,
     backend: Annotated[Backend | None, typer.Option(help="default: tensorrt-rtx where it is installed")] = None,
-    output: Annotated[Path | None, typer.Option(help="the engine; default: beside the graph")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="the engine; default: beside the graph",
+            dir_okay=False,
+            callback=lambda path: path and _check_parent(path),
+        ),
+    ] = None,
 ) -> None:
     """Build a TensorRT engine."""
     from .export.engine import build_engine
@@ -163,21 +232,22 @@ def show(
     threshold: Annotated[float, typer.Option(min=0, max=1, help="least score of a detection")] = 0.5,
     top: Annotated[int, typer.Option(min=1, help="how many detections, the best first, to show in detail")] = 3,
     layers: Annotated[Layers, typer.Option(help="decoder layers to show")] = Layers.last,
-    output: Annotated[Path, typer.Option(help="the picture to write")] = Path("distributions.png"),
+    dpi: Annotated[int, typer.Option(min=20, max=1200, help="pixels an inch; the picture is 14 inches wide")] = 100,
+    output: Annotated[
+        Path, typer.Option(help="the picture to write", dir_okay=False, callback=_check_picture_name)
+    ] = Path("distributions.png"),
 ) -> None:
     """Draw detections with the distribution of each edge, before and after W, and its standard deviation."""
     import numpy as np
 
-    from .errors import WrapStateError
     from .show import draw_detections, read_detections
     from .wrapping import predict_distributions
 
-    checkpoint, detector = _load(model)
-    picture = _picture(image)
-    try:
+    picture = _picture(image, "--image")
+    checkpoint = _open(model, image_size)
+    detector = _load(checkpoint)
+    with _told("--model"):
         logits, _, record = predict_distributions(detector, checkpoint.preprocess(picture, image_size))
-    except WrapStateError as error:
-        raise typer.BadParameter(str(error), param_hint="--model") from error
     found = read_detections(logits, record, checkpoint.class_names(), picture.size)
     detections = [detection for detection in found if detection.score >= threshold]
     if not detections:
@@ -185,32 +255,46 @@ def show(
         raise typer.Exit(1)
     figure = draw_detections(np.asarray(picture), detections, detailed=top, all_layers=layers is Layers.all)
     output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=100)
+    figure.savefig(output, dpi=dpi)
     typer.echo(f"{len(detections)} of score {threshold} or above, {min(top, len(detections))} in detail: {output}")
 
 
-def _load(path: Path) -> tuple[Checkpoint, Any]:
-    """The checkpoint at a path, and its model."""
+@contextmanager
+def _told(option: str | None = None) -> Iterator[None]:
+    """What is wrong with an option's value, in one line in place of a traceback."""
+    try:
+        yield
+    except (DFinePluginError, ValueError, OSError) as error:
+        raise typer.BadParameter(str(error), param_hint=option) from error
+
+
+def _open(path: Path, size: tuple[int, int] | None) -> Checkpoint:
+    """The checkpoint at a path, for images of a size: nothing of its weights is read."""
     from .checkpoints import open_checkpoint
+
+    with _told("--model"):
+        checkpoint = open_checkpoint(path)
+    with _told("--image-size"):
+        if size is not None:
+            checkpoint.check_size(size)
+    return checkpoint
+
+
+def _load(checkpoint: Checkpoint) -> Any:
+    """A checkpoint's model."""
     from .registry import find_adapter
 
-    try:
-        checkpoint = open_checkpoint(path)
+    with _told("--model"):
         model = checkpoint.load()
         find_adapter(model)
-    except (ValueError, UnsupportedModelError) as error:
-        raise typer.BadParameter(str(error), param_hint="--model") from error
-    return checkpoint, model
+    return model
 
 
-def _picture(path: Path) -> Any:
-    from PIL import Image
+def _picture(path: Path, option: str) -> Image.Image:
+    from .pictures import read_picture
 
-    try:
-        with Image.open(path) as file:
-            return file.convert("RGB")
-    except OSError as error:
-        raise typer.BadParameter(str(error), param_hint="--image") from error
+    with _told(option):
+        return read_picture(path)
 
 
 def _image_files(folder: Path) -> list[Path]:

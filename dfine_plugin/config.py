@@ -1,13 +1,16 @@
 """What can be chosen about FDR and GO-LSD."""
 
+from __future__ import annotations
+
 import dataclasses
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from .bounds import check_bins, check_number
 
-from .weighting import check_bins, check_number, uniform_bins, weighting_function
+if TYPE_CHECKING:
+    from torch import Tensor
 
 VERSION = 1
 
@@ -70,7 +73,7 @@ class FDRConfig:
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
 
     @classmethod
-    def paper(cls, **changes: Any) -> "FDRConfig":
+    def paper(cls, **changes: Any) -> FDRConfig:
         """The paper's recipe, exactly: FDR with GO-LSD and LQE, residuals unscaled.
 
         Args:
@@ -80,6 +83,8 @@ class FDRConfig:
 
     def bin_values(self) -> Tensor:
         """The offset of each bin, in units of the initial box's side: ``(num_bins + 1,)`` float32."""
+        from .weighting import uniform_bins, weighting_function
+
         if self.weighting == "uniform":
             return uniform_bins(self.num_bins, self.a)
         return weighting_function(self.num_bins, self.a, self.c)
@@ -89,7 +94,7 @@ class FDRConfig:
         return {"version": VERSION, **dataclasses.asdict(self)}
 
     @classmethod
-    def from_dict(cls, settings: dict[str, Any]) -> "FDRConfig":
+    def from_dict(cls, settings: dict[str, Any]) -> FDRConfig:
         """The inverse of :meth:`to_dict`. Raises ``ValueError`` on an unknown version or setting."""
         settings = dict(settings)
         version = settings.pop("version", VERSION)
@@ -105,6 +110,6 @@ class FDRConfig:
         return json.dumps(self.to_dict(), indent=2)
 
     @classmethod
-    def from_json(cls, text: str) -> "FDRConfig":
+    def from_json(cls, text: str) -> FDRConfig:
         """The inverse of :meth:`to_json`."""
         return cls.from_dict(json.loads(text))

@@ -115,10 +115,20 @@ def find_adapter(model: nn.Module) -> Adapter:
             return _registered[name]
     own = type(model)
     raise UnsupportedModelError(
-        f"no adapter for {own.__module__}.{own.__qualname__}. Supported: {', '.join(supported_hosts())}. "
+        f"no adapter for {own.__module__}.{own.__qualname__}. Supported: {_short_names()}. "
         "To support another host, write an adapter and register it with dfine_plugin.register_adapter "
         f"or an entry point of the group {ENTRY_POINT_GROUP!r}."
     )
+
+
+def _short_names() -> str:
+    """The host classes that are supported, by library, those of this package first."""
+    by_library: dict[str, list[str]] = {}
+    for name in dict.fromkeys([*_BUILT_IN, *supported_hosts()]):
+        library = name.partition(".")[0]
+        # detrex's checkout calls its hosts' package so
+        by_library.setdefault("detrex" if library == "projects" else library, []).append(name.rpartition(".")[2])
+    return "; ".join(f"{', '.join(names)} ({library})" for library, names in by_library.items())
 
 
 def _load(name: str) -> None:

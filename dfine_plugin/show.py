@@ -11,8 +11,9 @@ import torch
 from matplotlib import patheffects
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.legend_handler import HandlerTuple
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch, Rectangle
+from matplotlib.patches import Patch, Polygon, Rectangle
 from torch import Tensor
 
 from .distributions import EdgeDistributions, edge_distributions
@@ -21,12 +22,20 @@ from .record import FDRRecord
 EDGES = ("left", "top", "right", "bottom")
 # Okabe and Ito's: told apart by colour-blind readers, too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
-INITIAL, INK, OTHERS = "#222222", "#222222", "#FFFFFF"
+OUTWARDS = (-1, -1, 1, 1)
+"""The direction of the edges' axes in which a box grows."""
+INK = "#222222"
+BAND_ALPHA = 0.35
 HEADING = {"x": 0.02, "ha": "left", "fontsize": 10}
 HALO = [patheffects.withStroke(linewidth=3, foreground="white", alpha=0.85)]
 SHADOW = [patheffects.withStroke(linewidth=2.4, foreground="black", alpha=0.6)]
-IMAGE_WIDTH, GRID_WIDTH, LAYER_HEIGHT, HEADING_HEIGHT, LEGEND_HEIGHT = 4.2, 7.6, 1.75, 0.5, 1.4
-"""Inches: the whole image, the grid of one detection's distributions, each of its layers, a heading, and the legend."""
+INITIAL_LINE: dict[str, Any] = {"color": INK, "linewidth": 1.2, "linestyle": "--"}
+OTHERS: dict[str, Any] = {"color": "white", "linewidth": 0.9, "path_effects": SHADOW}
+IMAGE_SIDE, GRID_WIDTH, LAYER_HEIGHT, HEADING_HEIGHT, LEGEND_HEIGHT = 6.5, 7.9, 1.75, 0.5, 0.9
+"""Inches: the whole image's longer side, the grid of one detection's distributions, each of its layers, a heading, and
+the legend."""
+LABEL_HEIGHT, CHARACTER_WIDTH = 0.17, 0.09
+"""Inches, of a label in the image; the width is that of a wide character."""
 CROP_MARGIN = 0.12
 """How much of the image is seen around a box, in its larger side."""
 
@@ -78,8 +87,9 @@ def draw_detections(
     """The image with all detections, and the distributions of some.
 
     On the left the image: every refined box, and around the edges of the detailed ones a band of one standard deviation
-    on each side. On the right for each detailed detection and decoder layer: the box so far, its bands and the initial
-    box (dashed); and for each edge Pr(n) over the bins n, which is before W, and over W(n) in pixels, which is after.
+    on each side; of flat distributions, up to the band of the opposite edge. On the right for each detailed detection
+    and decoder layer: the box so far, its bands and the initial box (dashed); and for each edge Pr(n) over the bins n,
+    which is before W, and over W(n) in pixels, which is after.
 
     Args:
         image: ``(H, W, 3)`` uint8.
@@ -91,14 +101,16 @@ def draw_detections(
     rows = len(chosen[0].layers) if all_layers else 1
     block = rows * LAYER_HEIGHT + HEADING_HEIGHT
     height, width = image.shape[:2]
-    image_height = IMAGE_WIDTH * height / width + HEADING_HEIGHT
+    scale = IMAGE_SIDE / max(height, width)
+    # however narrow the image, the legend stands below it
+    image_width, image_height = max(width * scale, 0.6 * IMAGE_SIDE), height * scale + HEADING_HEIGHT
     figure_height = max(image_height + LEGEND_HEIGHT, block * len(chosen))
-    figure = Figure(figsize=(IMAGE_WIDTH + GRID_WIDTH, figure_height), layout="constrained")
-    left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(IMAGE_WIDTH, GRID_WIDTH))[0]
+    figure = Figure(figsize=(image_width + GRID_WIDTH, figure_height), layout="constrained")
+    left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(image_width, GRID_WIDTH))[0]
     heights = [image_height, figure_height - image_height]
     above, below = left.subfigures(2, 1, squeeze=False, height_ratios=heights)[:, 0]
-    _draw_image(above, image, detections, len(chosen))
-    _draw_legend(below)
+    _draw_image(above, image, detections, len(chosen), scale)
+    _draw_legend(below, others=len(detections) > len(chosen))
     rest = figure_height - block * len(chosen)
     heights = [block] * len(chosen) + ([rest] if rest > 0 else [])
     blocks = right.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
@@ -108,33 +120,53 @@ def draw_detections(
     return figure
 
 
-def _draw_image(figure: SubFigure, image: np.ndarray, detections: Sequence[Detection], detailed: int) -> None:
+def _draw_image(
+    figure: SubFigure, image: np.ndarray, detections: Sequence[Detection], detailed: int, scale: float
+) -> None:
     axes = figure.subplots()
     axes.imshow(image)
     axes.set(xticks=[], yticks=[], autoscale_on=False)
     for detection in detections[detailed:]:
-        _draw_box(axes, detection.layers[-1].edges, color=OTHERS, linewidth=0.9, path_effects=SHADOW)
+        _draw_box(axes, detection.layers[-1].edges, **OTHERS)
     for number, detection in enumerate(detections[:detailed], start=1):
         _draw_edges(axes, detection.layers[-1])
-        x0, y0, *_ = detection.layers[-1].edges.tolist()
         label = f"{number} {detection.name} {detection.score:.2f}"
-        axes.text(x0, y0, label, fontsize=8, weight="bold", color=INK, va="bottom", path_effects=HALO, clip_on=True)
+        x, y = _label_place(detection.layers[-1].edges, label, image.shape[1], scale)
+        axes.text(x, y, label, fontsize=8, weight="bold", color=INK, va="bottom", path_effects=HALO, clip_on=True)
     figure.suptitle("1 detection" if len(detections) == 1 else f"{len(detections)} detections", **HEADING)
 
 
-def _draw_legend(figure: SubFigure) -> None:
+def _label_place(edges: Tensor, label: str, width: int, scale: float) -> tuple[float, float]:
+    """Where a label begins, at its lower left: at the box's upper left corner, or as near as it lies in the image.
+
+    Args:
+        edges: ``(4,)``, the box's.
+        label: the text.
+        width: of the image in pixels.
+        scale: inches a pixel.
+    """
+    x0, y0, *_ = edges.tolist()
+    return max(0.0, min(x0, width - CHARACTER_WIDTH * len(label) / scale)), max(y0, LABEL_HEIGHT / scale)
+
+
+def _draw_legend(figure: SubFigure, others: bool) -> None:
+    samples: dict[str, Any] = {
+        "initial box: where an edge lies at offset 0": Line2D([], [], **INITIAL_LINE),
+        f"refined edges ({', '.join(EDGES)}): the means": tuple(
+            Line2D([], [], color=colour, linewidth=1.8) for colour in COLOURS
+        ),
+        "one standard deviation to either side": tuple(
+            Patch(color=colour, alpha=BAND_ALPHA, linewidth=0) for colour in COLOURS
+        ),
+    }
+    if others:
+        samples["other detections"] = Line2D([], [], **OTHERS)
     figure.legend(
-        handles=[
-            Line2D([], [], color=INITIAL, linestyle="--", linewidth=1.2, label="edge of the initial box"),
-            Line2D([], [], color=INK, linewidth=1.8, label="edge refined: expectation of its distribution"),
-            Patch(color=INK, alpha=0.25, linewidth=0, label="± one standard deviation"),
-            Patch(color=INK, alpha=0.8, linewidth=0, label="before W: Pr(n) over the bin n"),
-            Line2D([], [], color=INK, marker="o", markersize=3, linewidth=0.8, label="after W: Pr(n) over the offset"),
-        ],
+        handles=[*samples.values()],
+        labels=[*samples],
+        handler_map={tuple: HandlerTuple(ndivide=None, pad=0.3)},
+        handlelength=4.5,
         loc="upper left",
-        title="each edge in its colour:",
-        title_fontsize=8,
-        alignment="left",
         frameon=False,
         fontsize=8,
     )
@@ -149,13 +181,31 @@ def _draw_edges(axes: Axes, layer: EdgeDistributions) -> None:
     """The four refined edges, and their bands, each in its colour."""
     x0, y0, x1, y1 = layer.edges.tolist()
     ends = [((x0, x0), (y0, y1)), ((x0, x1), (y0, y0)), ((x1, x1), (y0, y1)), ((x0, x1), (y1, y1))]
-    for edge, ((xs, ys), colour, deviation) in enumerate(zip(ends, COLOURS, layer.deviations.tolist(), strict=True)):
-        if edge % 2 == 0:
-            corner, width, height = (xs[0] - deviation, ys[0]), 2 * deviation, ys[1] - ys[0]
-        else:
-            corner, width, height = (xs[0], ys[0] - deviation), xs[1] - xs[0], 2 * deviation
-        axes.add_patch(Rectangle(corner, width, height, color=colour, alpha=0.45, linewidth=0))
+    for band, (xs, ys), colour in zip(_bands(layer), ends, COLOURS, strict=True):
+        axes.add_patch(Polygon(band, closed=True, color=colour, alpha=BAND_ALPHA, linewidth=0))
         axes.plot(xs, ys, color=colour, linewidth=1.2, solid_capstyle="round")
+
+
+def _bands(layer: EdgeDistributions) -> list[list[tuple[float, float]]]:
+    """The corners of the four edges' bands, one standard deviation to either side.
+
+    Together they are a picture frame, mitred at its corners. Where opposite bands are so wide that they would meet
+    within the box, they end where they do.
+    """
+    edges, deviations = layer.edges.tolist(), layer.deviations.tolist()
+    outer = [edge + sign * deviation for edge, sign, deviation in zip(edges, OUTWARDS, deviations, strict=True)]
+    inner = [edge - sign * deviation for edge, sign, deviation in zip(edges, OUTWARDS, deviations, strict=True)]
+    for low, high in ((0, 2), (1, 3)):
+        if inner[low] > inner[high]:
+            share = deviations[low] / (deviations[low] + deviations[high])
+            inner[low] = inner[high] = edges[low] + share * (edges[high] - edges[low])
+    (a, b, c, d), (e, f, g, h) = outer, inner
+    return [
+        [(a, b), (e, f), (e, h), (a, d)],
+        [(a, b), (c, b), (g, f), (e, f)],
+        [(c, b), (c, d), (g, h), (g, f)],
+        [(a, d), (e, h), (g, h), (c, d)],
+    ]
 
 
 def _draw_distributions(
@@ -179,6 +229,9 @@ def _draw_distributions(
                 axes.set_ylim(0, highest)
                 axes.tick_params(labelsize=7, length=2, labelleft=edge == 0)
                 axes.spines[["top", "right"]].set_visible(False)
+            if edge == 0:
+                before.set_ylabel("before W", fontsize=8)
+                after.set_ylabel("after W", fontsize=8)
             if row == 0:
                 before.set_title(name, color=colour, fontsize=9, weight="bold")
             if row == len(shown) - 1:
@@ -198,7 +251,7 @@ def _view(detection: Detection) -> tuple[float, float, float, float]:
 def _draw_crop(axes: Axes, image: np.ndarray, layer: EdgeDistributions, view: tuple[float, ...]) -> None:
     axes.imshow(image)
     _draw_edges(axes, layer)
-    _draw_box(axes, layer.initial_edges, color=INITIAL, linewidth=1.2, linestyle="--")
+    _draw_box(axes, layer.initial_edges, **INITIAL_LINE)
     axes.set(xlim=(view[0], view[2]), ylim=(view[3], view[1]), xticks=[], yticks=[], facecolor="#EEEEEE")
 
 
@@ -206,21 +259,21 @@ def _draw_before_weighting(axes: Axes, layer: EdgeDistributions, edge: int) -> N
     probabilities = layer.probabilities[edge].numpy()
     last = len(probabilities) - 1
     axes.bar(np.arange(last + 1), probabilities, width=0.85, color=COLOURS[edge], linewidth=0)
-    axes.axvline(last / 2, ymax=0.8, color=INITIAL, linestyle="--", linewidth=0.9, zorder=0)
+    axes.axvline(last / 2, ymax=0.8, **INITIAL_LINE, zorder=0)
     axes.set(xlim=(-1, last + 1), xticks=[0, last // 2, last])
-    axes.set_xticklabels(["n=0", str(last // 2), str(last)])
+    axes.set_xticklabels(["bin 0", str(last // 2), str(last)])
 
 
 def _draw_after_weighting(axes: Axes, layer: EdgeDistributions, edge: int, limits: tuple[float, float]) -> None:
     mean, deviation = float(layer.means[edge]), float(layer.deviations[edge])
     offsets, probabilities = layer.offsets[edge].numpy(), layer.probabilities[edge].numpy()
-    axes.axvspan(mean - deviation, mean + deviation, ymax=0.8, color=COLOURS[edge], alpha=0.25, linewidth=0)
-    axes.axvline(0, ymax=0.8, color=INITIAL, linestyle="--", linewidth=0.9)
+    axes.axvspan(mean - deviation, mean + deviation, ymax=0.8, color=COLOURS[edge], alpha=BAND_ALPHA, linewidth=0)
+    axes.axvline(0, ymax=0.8, **INITIAL_LINE)
     axes.axvline(mean, ymax=0.8, color=COLOURS[edge], linewidth=1.8)
     axes.vlines(offsets, 0, probabilities, color=COLOURS[edge], linewidth=0.8)
     axes.plot(offsets, probabilities, linestyle="none", marker="o", markersize=1.8, color=COLOURS[edge])
     axes.set_xlim(*limits)
-    text = f"{mean:+.1f} ± {deviation:.1f}"
+    text = f"{round(mean, 1) + 0.0:+.1f} ± {deviation:.1f}"  # never -0.0
     axes.text(0.5, 1, text, transform=axes.transAxes, ha="center", va="top", fontsize=7.5, color=COLOURS[edge])
 
 

@@ -1,5 +1,6 @@
 """Checks of what comes into the loss, which name the culprit when they fail."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,34 +11,66 @@ from .errors import InvalidTargetError, NonFiniteError
 
 LARGEST_COORDINATE = 2.0
 """In image sides. A box that an augmentation carried over the border stays well below, a box in pixels well above."""
+TOLERANCE = 1e-3
+"""In image sides: how far beyond the border a box may come to lie by rounding."""
 
 
-def check_targets(targets: Sequence[Mapping[str, Any]], num_classes: int, labels_key: str, boxes_key: str) -> None:
+def check_targets(
+    targets: Sequence[Mapping[str, Any]],
+    num_classes: int,
+    labels_key: str,
+    boxes_key: str,
+    num_images: int | None = None,
+) -> None:
     """Refuse ground truths that no loss can use, before the host computes with them. Reads the truths' device once.
+
+    A box that reaches beyond its image is warned of, once a process: losses can use it.
 
     Args:
         targets: for each image a mapping with labels ``(n,)`` int and boxes ``(n, 4)`` cxcywh in image sides.
         num_classes: labels lie in ``[0, num_classes)``.
         labels_key, boxes_key: the host's keys of the two.
+        num_images: as many targets there must be.
 
     Raises:
         InvalidTargetError: names the image, the truth and its value.
     """
-    for image, target in enumerate(targets):
-        labels, boxes = target[labels_key], target[boxes_key]
-        if boxes.ndim != 2 or boxes.shape[1] != 4 or labels.shape != boxes.shape[:1]:
-            raise InvalidTargetError(
-                f"image {image}: {boxes_key} must be (n, 4) and {labels_key} (n,), "
-                f"got {tuple(boxes.shape)} and {tuple(labels.shape)}"
-            )
+    _check_structure(targets, labels_key, boxes_key, num_images)
     if not targets:
         return
     labels = torch.cat([target[labels_key] for target in targets])
     boxes = torch.cat([target[boxes_key] for target in targets])
     wrong_label = (labels < 0) | (labels >= num_classes)
     wrong_box = ~boxes.isfinite().all(-1) | (boxes[:, 2:] <= 0).any(-1) | (boxes.abs() > LARGEST_COORDINATE).any(-1)
-    if not bool((wrong_label | wrong_box).any()):
-        return
+    is_wrong, is_beyond = torch.stack([(wrong_label | wrong_box).any(), _beyond(boxes).any()]).tolist()
+    if is_wrong:
+        _name_culprit(targets, num_classes, labels_key, boxes_key)
+    if is_beyond:
+        _warn_beyond(targets, boxes_key)
+
+
+def _check_structure(
+    targets: Sequence[Mapping[str, Any]], labels_key: str, boxes_key: str, num_images: int | None
+) -> None:
+    """What shapes and types alone tell."""
+    if not isinstance(targets, Sequence):
+        raise InvalidTargetError(f"labels must be a list with one mapping an image, got a {type(targets).__name__}")
+    if num_images is not None and len(targets) != num_images:
+        raise InvalidTargetError(f"labels of {len(targets)} images for a batch of {num_images}")
+    for image, target in enumerate(targets):
+        if missing := [key for key in (labels_key, boxes_key) if key not in target]:
+            raise InvalidTargetError(f"image {image}: no {' and no '.join(missing)} among {', '.join(target)}")
+        labels, boxes = target[labels_key], target[boxes_key]
+        if boxes.ndim != 2 or boxes.shape[1] != 4 or labels.shape != boxes.shape[:1]:
+            raise InvalidTargetError(
+                f"image {image}: {boxes_key} must be (n, 4) and {labels_key} (n,), "
+                f"got {tuple(boxes.shape)} and {tuple(labels.shape)}"
+            )
+        if len(labels) and (labels.is_floating_point() or labels.dtype == torch.bool):
+            raise InvalidTargetError(f"image {image}: {labels_key} must be integers (torch.int64), got {labels.dtype}")
+
+
+def _name_culprit(targets: Sequence[Mapping[str, Any]], num_classes: int, labels_key: str, boxes_key: str) -> None:
     for image, target in enumerate(targets):
         for index, (label, box) in enumerate(zip(target[labels_key].tolist(), target[boxes_key].tolist(), strict=True)):
             where = f"image {image}, truth {index}"
@@ -51,6 +84,32 @@ def check_targets(targets: Sequence[Mapping[str, Any]], num_classes: int, labels
                 raise InvalidTargetError(
                     f"{where}: box {box} looks like pixels; boxes are (cx, cy, w, h) in units of the image side"
                 )
+
+
+def _beyond(boxes: Tensor) -> Tensor:
+    """Whether each of the boxes ``(n, 4)`` cxcywh reaches beyond the image."""
+    return ((boxes[:, :2] - 0.5).abs() + boxes[:, 2:] / 2 > 0.5 + TOLERANCE).any(-1)
+
+
+_warned_beyond = False
+
+
+def _warn_beyond(targets: Sequence[Mapping[str, Any]], boxes_key: str) -> None:
+    """Name the first of the boxes that reach beyond their images, the first time only."""
+    global _warned_beyond
+    if _warned_beyond:
+        return
+    _warned_beyond = True
+    for image, target in enumerate(targets):
+        for index, box in enumerate(target[boxes_key]):
+            if _beyond(box[None]).item():
+                values = [round(value, 4) for value in box.tolist()]
+                warnings.warn(
+                    f"image {image}, truth {index}: box {values} (cx, cy, w, h) reaches beyond the image; boxes are "
+                    "usually cut at its border. Further ones are not warned of",
+                    stacklevel=2,
+                )
+                return
 
 
 class FiniteCheck:

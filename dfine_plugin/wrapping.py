@@ -14,6 +14,7 @@ from .config import FDRConfig
 from .errors import WrapStateError
 from .record import FDRRecord, close_scope, current_record, open_scope
 from .registry import Adapter, find_adapter
+from .wrappable import check_wrappable
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -68,12 +69,14 @@ def wrap_decoder(model: Model, config: FDRConfig | None = None) -> Model:
 
     Raises:
         UnsupportedModelError: no adapter knows the model, it has FDR already, or it is configured in a way that cannot
-            be wrapped. The model is untouched.
+            be wrapped; it is no model, or one within another (compiled, DDP, PEFT). The model is untouched.
         WrapStateError: the model is wrapped already. It is untouched.
+        TypeError: the config is no FDRConfig.
 
     Example:
         >>> model = wrap_decoder(RTDetrForObjectDetection.from_pretrained("PekingU/rtdetr_r50vd"))
     """
+    check_wrappable(model, config)
     if binding_of(model) is not None:
         raise WrapStateError(f"this {type(model).__name__} is wrapped already; unwrap_decoder(model) undoes that")
     config = config or FDRConfig()

@@ -1,5 +1,7 @@
 """From a trained model to ONNX and to engines, with a measure of what changed on the way (extra ``export``)."""
 
+from ..installing import install_hint
+
 try:
     from .culprit import find_culprit
     from .engine import EngineSummary, build_engine
@@ -7,6 +9,6 @@ try:
     from .parity import Parity, measure_parity
     from .static_sizes import static_sizes
 except ModuleNotFoundError as error:
-    raise ImportError(f"dfine_plugin.export: {error}; pip install 'dfine-plugin[export]'") from error
+    raise ImportError(f"dfine_plugin.export: {error}; {install_hint('export')}") from error
 
 __all__ = ["EngineSummary", "Parity", "build_engine", "export_onnx", "find_culprit", "measure_parity", "static_sizes"]

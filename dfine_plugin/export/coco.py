@@ -3,11 +3,13 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..installing import install_hint
 from .parity import Detections
 
 
@@ -23,7 +25,23 @@ class CocoSplit:
 
     @classmethod
     def read(cls, folder: Path) -> "CocoSplit":
-        return cls(folder, json.loads((folder / "instances_val.json").read_text()))
+        """The split in a folder.
+
+        Raises:
+            ValueError: it cannot be read, or lacks a part.
+            ImportError: pycocotools is not installed; names the extra.
+        """
+        if find_spec("pycocotools") is None:
+            raise ImportError(f"AP needs pycocotools: {install_hint('export,bench')}")
+        path = folder / "instances_val.json"
+        try:
+            coco = json.loads(path.read_text())
+            missing = [part for part in ("images", "annotations", "categories") if part not in coco]
+        except (OSError, ValueError, TypeError) as error:
+            raise ValueError(f"{path} cannot be read: {error}") from error
+        if missing:
+            raise ValueError(f"{path} is not in COCO's format: it has no {' and no '.join(missing)}")
+        return cls(folder, coco)
 
     def image_paths(self) -> list[Path]:
         return [self.folder / "images" / image["file_name"] for image in self.coco["images"]]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from dataclasses import dataclass
 from importlib import import_module
@@ -12,11 +11,10 @@ from types import ModuleType
 from typing import Any
 
 import onnx_ir as ir
+from google.protobuf.message import DecodeError
 
+from ..targets import BACKENDS, compute_capability
 from .precision import PRECISIONS
-
-BACKENDS = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
-"""Package to module. TensorRT-RTX builds for any device on any machine; TensorRT for the device at hand."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ def build_engine(
     Args:
         onnx_path: a graph that :func:`~dfine_plugin.export.export_onnx` wrote.
         path: of the engine.
-        target: compute capability, such as ``"sm75"`` (T4); by default the device at hand.
+        target: compute capability or GPU, such as ``"sm75"`` or ``"T4"``; by default the device at hand.
         precision: that of the graph: ``"fp32"``, ``"fp16"`` or ``"bf16"``. It is checked, not chosen here.
         backend: ``"tensorrt-rtx"`` or ``"tensorrt"``; by default the first of them that is installed.
         batch_sizes: least, usual and most images, for a graph with a batch of any size.
@@ -61,6 +59,7 @@ def build_engine(
             where the backend builds for no other.
         RuntimeError: the backend refuses the graph, with its own words.
     """
+    target = compute_capability(target) if target is not None else None
     check_precision(onnx_path, precision)
     backend, trt = find_backend(backend)
     logger = _logger(trt)
@@ -91,12 +90,18 @@ def check_precision(onnx_path: str | Path, precision: str) -> None:
     """Refuse a graph whose matrix products and convolutions are not all of this precision.
 
     Raises:
-        ValueError: says how many are not, and names one.
+        ValueError: says how many are not, and names one; or the file holds no graph.
     """
     if precision not in ("fp32", *PRECISIONS):
         raise ValueError(f"precision must be fp32, {' or '.join(PRECISIONS)}, got {precision!r}")
     wanted = PRECISIONS.get(precision, ir.DataType.FLOAT)
-    products = [node for node in ir.load(onnx_path).graph if node.op_type in ("Conv", "Gemm", "MatMul")]
+    try:
+        graph = ir.load(onnx_path).graph
+    except (DecodeError, ValueError) as error:
+        raise ValueError(f"{onnx_path} is no ONNX graph: {error}") from error
+    products = [node for node in graph if node.op_type in ("Conv", "Gemm", "MatMul")]
+    if not products:
+        raise ValueError(f"{onnx_path} holds no matrix product and no convolution: it is no graph of a detector")
     other = [node for node in products if node.outputs[0].dtype != wanted]
     if other:
         raise ValueError(
@@ -136,8 +141,6 @@ def _logger(trt: Any) -> Any:
 
 
 def _set_target(trt: ModuleType, config: Any, backend: str, target: str | None) -> str:
-    if target is not None and not re.fullmatch(r"sm\d+", target):
-        raise ValueError(f"target must be of the form sm75, got {target!r}")
     if backend == "tensorrt":
         present = _device_capability()
         if target not in (None, present):

@@ -1,18 +1,21 @@
 """A model as an ONNX graph."""
 
 import copy
+import json
 import logging
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 import torch
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
+from .. import __version__
 from ..errors import WrapStateError
 from ..registry import find_adapter
 from ..wrapping import binding_of, deploy
@@ -22,6 +25,8 @@ from .static_sizes import static_sizes
 
 OPSET = 18
 """The lowest that torch writes; LayerNormalization has been one op since 17."""
+BOXES = "cx, cy, w, h in units of the image's sides"
+SELECTED_BOXES = "x0, y0, x1, y1 in pixels of an image of target_sizes (height, width)"
 
 
 def export_onnx(
@@ -34,6 +39,7 @@ def export_onnx(
     opset: int = OPSET,
     keep_float32: Iterable[str] = (),
     simulate: bool = False,
+    metadata: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a model, wrapped or bare, as ONNX. The model itself stays as it is: a copy of it is deployed.
 
@@ -42,6 +48,9 @@ def export_onnx(
     ``num_detections`` also ``target_sizes (B, 2)`` int64, height and width that boxes shall be given in. Outputs:
     ``logits (B, Q, classes)`` and ``boxes (B, Q, 4)`` cxcywh in image sides; with ``num_detections`` instead
     ``scores``, ``labels`` and ``boxes (B, n, 4)`` xyxy in pixels, best first.
+
+    The graph says what whoever runs it has to know, each entry of its metadata as JSON: ``version`` (this package's),
+    ``precision``, ``input_size`` (H and W), ``box_format``, and what ``metadata`` adds.
 
     Args:
         model: in evaluation mode.
@@ -54,6 +63,8 @@ def export_onnx(
         keep_float32: dotted names of submodules that stay in float32 in a graph of lower precision.
         simulate: compute in float32 and round as the precision would, for a runtime that lacks its ops, such as
             onnxruntime on a CPU for bf16.
+        metadata: further entries that JSON can hold; the command adds ``class_names``, by class, and ``normalisation``
+            (:meth:`~dfine_plugin.checkpoints.Checkpoint.normalisation`).
 
     Returns:
         ``path``.
@@ -73,6 +84,18 @@ def export_onnx(
         within = "model." if num_detections is None else "detector.model."
         decoder = within + find_adapter(model).decoder
         to_precision(exported, precision, decoder, [within + name for name in keep_float32], simulate)
+    # the float32 originals of what was typed in lower precision
+    RemoveUnusedNodesPass()(exported)
+    for node in exported.graph:
+        node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)  # the paths of this machine, at every node
+    about = {
+        "version": __version__,
+        "precision": precision,
+        "input_size": list(image_size),
+        "box_format": BOXES if num_detections is None else SELECTED_BOXES,
+        **(metadata or {}),
+    }
+    exported.metadata_props.update({key: json.dumps(value) for key, value in about.items()})
     path.parent.mkdir(parents=True, exist_ok=True)
     ir.save(exported, path)
     return path

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dfine_plugin.benchmarks import detrex_hosts
+from dfine_plugin.benchmarks import detrex_configs
 from dfine_plugin.benchmarks.detrex_hosts import without_cuda_calls
 
 from .hosts import NUM_CLASSES, NUM_LAYERS, Host
@@ -98,7 +98,7 @@ HOSTS = [
     _row("dn-detr", "dn_detr/configs/dn_detr_r50_50ep.py"),
 ]
 
-CALL_CUDA = {f"detrex-{name}" for name in detrex_hosts.CALL_CUDA}
+CALL_CUDA = {f"detrex-{name}" for name in detrex_configs.CALL_CUDA}
 """Hosts whose training calls ``.cuda()``, whatever the device."""
 
 

@@ -1,14 +1,31 @@
 """What comes in wrong is named, and leaves nothing behind."""
 
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import DeformableDetrForObjectDetection, DFineConfig, DFineForObjectDetection, ResNetConfig
 
-from dfine_plugin import InvalidTargetError, NonFiniteError, UnsupportedModelError, register_adapter, wrap_decoder
+from dfine_plugin import (
+    FDRConfig,
+    InvalidTargetError,
+    NonFiniteError,
+    UnsupportedModelError,
+    register_adapter,
+    validation,
+    wrap_decoder,
+)
 from dfine_plugin.record import current_scope
 
 from .hosts import Host, build, images, labels
+from .transformers_hosts import HOSTS as TRANSFORMERS_HOSTS
+
+RT_DETR = TRANSFORMERS_HOSTS[0]
 
 # What is wrong with the second image's truths, and what says so.
 WRONG_TARGETS = [
@@ -17,6 +34,10 @@ WRONG_TARGETS = [
     (lambda t: t["boxes"].mul_(640), r"image 1, truth 0: box \[.*\] looks like pixels"),
     (lambda t: t["boxes"][2, 3].zero_(), r"image 1, truth 2: box \[.*\] .* has no area"),
     (lambda t: t["boxes"][1, 0].fill_(float("nan")), r"image 1, truth 1: box \[nan.*\] is not finite"),
+    (
+        lambda t: t.update(class_labels=t["class_labels"].float()),
+        r"image 1: \w+ must be integers \(torch.int64\), got torch.float32",
+    ),
 ]
 
 
@@ -37,7 +58,33 @@ def test_wrong_targets_are_named_by_image_and_value(transformers_host: Host, tra
     ragged[0]["boxes"] = ragged[0]["boxes"][:1]
     with pytest.raises(InvalidTargetError, match=r"image 0: boxes must be \(n, 4\) and class_labels \(n,\)"):
         model(images(), labels=ragged)
+    with pytest.raises(InvalidTargetError, match=r"^labels of 1 images for a batch of 2$"):
+        model(images(), labels=labels()[:1])
+    with pytest.raises(InvalidTargetError, match=r"^labels of 3 images for a batch of 2$"):
+        model(images(), labels=labels((1, 1, 1)))
+    with pytest.raises(InvalidTargetError, match=r"^labels must be a list with one mapping an image, got a dict$"):
+        model(images(), labels=labels()[0])
+    unnamed = labels()
+    unnamed[1]["bbox"] = unnamed[1].pop("boxes")
+    with pytest.raises(InvalidTargetError, match=r"^image 1: no boxes among class_labels, bbox$"):
+        model(images(), labels=unnamed)
     assert torch.isfinite(model(images(), labels=labels()).loss)
+
+
+def test_a_box_beyond_the_image_is_warned_of_once(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(validation, "_warned_beyond", False)
+    model = wrapped(host).train()
+    targets = labels()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        targets[0]["boxes"][0] = torch.tensor([0.5, 0.5, 1.0, 1.001])  # rounded, and all of the image
+        validation.check_targets(targets, 3, "class_labels", "boxes")
+    targets[1]["boxes"][2] = torch.tensor([0.9, 0.5, 0.5, 0.25])
+    with pytest.warns(UserWarning, match=r"^image 1, truth 2: box \[0.9, 0.5, 0.5, 0.25\] .* beyond the image"):
+        assert torch.isfinite(host.loss(model, images(), targets))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*beyond the image")
+        assert torch.isfinite(host.loss(model, images(), targets))
 
 
 def test_wrong_instances_are_named_by_image_and_value(detrex_host: Host) -> None:
@@ -88,12 +135,82 @@ def test_nothing_is_left_after_an_exception(host: Host) -> None:
 
 
 def test_a_model_nobody_knows() -> None:
-    with pytest.raises(UnsupportedModelError) as error:
+    with pytest.raises(
+        UnsupportedModelError,
+        match=r"^no adapter for torch.nn.modules.linear.Linear. Supported: RTDetrForObjectDetection, "
+        r"RTDetrV2ForObjectDetection, DeformableDetrForObjectDetection \(transformers\); DeformableDETR, .*DINO.* "
+        r"\(detrex\).*register_adapter",
+    ):
         wrap_decoder(nn.Linear(2, 2))
-    message = str(error.value)
-    assert "torch.nn.modules.linear.Linear" in message
-    assert "RTDetrForObjectDetection" in message
-    assert "register_adapter" in message
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("PekingU/rtdetr_r50vd", r"got the name 'PekingU/rtdetr_r50vd': load the model first"),
+        (None, r"takes a model, got None$"),
+        (DeformableDetrForObjectDetection, r"got the class DeformableDetrForObjectDetection: make a model of it first"),
+        (DFineConfig(), r"takes a model, got a DFineConfig$"),
+    ],
+    ids=["name", "None", "class", "config"],
+)
+def test_what_is_no_model(value: Any, message: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=message):
+        wrap_decoder(value)
+
+
+def test_a_config_of_another_kind() -> None:
+    model = build(RT_DETR)
+    before = list(model.state_dict())
+    with pytest.raises(TypeError, match=r"^config must be an FDRConfig, got a dict: FDRConfig.from_dict\(config\)"):
+        wrap_decoder(model, FDRConfig().to_dict())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^config must be an FDRConfig, got a type$"):
+        wrap_decoder(model, FDRConfig)  # type: ignore[arg-type]
+    assert list(model.state_dict()) == before
+
+
+def _distributed(model: nn.Module, folder: Path) -> nn.Module:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+    try:
+        return DistributedDataParallel(model)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def _peft(model: nn.Module, _: Path) -> nn.Module:
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "v_proj"]))
+
+
+def _compiled_in_place(model: nn.Module, _: Path) -> nn.Module:
+    model.compile()
+    return model
+
+
+def _with_adapters(model: nn.Module, folder: Path) -> nn.Module:
+    return _peft(model, folder).base_model.model
+
+
+@pytest.mark.parametrize(
+    ("put_around", "message"),
+    [
+        (lambda model, _: torch.compile(model), r"is a OptimizedModule: wrap before torch.compile\(model\)"),
+        (_compiled_in_place, r"this RTDetrForObjectDetection is compiled: wrap before model.compile\(\)"),
+        (_distributed, r"is a DistributedDataParallel: wrap before DistributedDataParallel\(model\), model = wrap_dec"),
+        (lambda model, _: nn.DataParallel(model), r"is a DataParallel: wrap before DataParallel\(model\)"),
+        (_peft, r"is a PeftModel: wrap before get_peft_model\(model, ...\)"),
+        (_with_adapters, r"has adapters of PEFT in it: wrap before model.add_adapter"),
+    ],
+    ids=["compile", "compile in place", "DDP", "DataParallel", "PEFT", "adapters"],
+)
+def test_a_model_within_another(
+    put_around: Callable[[nn.Module, Path], nn.Module], message: str, tmp_path: Path
+) -> None:
+    model = put_around(build(RT_DETR), tmp_path)
+    before = list(model.state_dict())
+    with pytest.raises(UnsupportedModelError, match=message):
+        wrap_decoder(model)
+    assert list(model.state_dict()) == before
 
 
 def test_d_fine_has_fdr_already() -> None:

@@ -28,7 +28,7 @@ from dfine_plugin.benchmarks.detrex_hosts import without_cuda_calls
 from dfine_plugin.benchmarks.ema import make_ema
 from dfine_plugin.benchmarks.evaluation import coco_metrics, detect
 from dfine_plugin.benchmarks.hosts import HOSTS, build_host
-from dfine_plugin.benchmarks.runs import RunSettings, has_model, load_run, save_model, save_run
+from dfine_plugin.benchmarks.runs import RunSettings, find_model, load_run, save_model, save_run
 from dfine_plugin.benchmarks.training import build_model, load_data
 from dfine_plugin.benchmarks.variants import fdr_settings, parse_variants
 
@@ -80,10 +80,10 @@ def test_saved_models_are_the_ones_that_were_evaluated(tmp_path: Path) -> None:
 
 def test_a_saved_model_comes_with_the_preprocessing_that_it_was_trained_with(tmp_path: Path) -> None:
     settings = replace(SETTINGS, host="deformable-detr", variant="fdr+go-lsd")
-    assert not has_model(tmp_path, settings)
+    assert find_model(tmp_path, settings) is None
     save_model(tmp_path, settings, build_model(settings, ["shape"]))
-    assert has_model(tmp_path, settings)
     (folder,) = tmp_path.iterdir()
+    assert find_model(tmp_path, settings) == folder
     image = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)
     pixels = AutoImageProcessor.from_pretrained(folder)(images=image, return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(pixels, normalise(image[None]))
@@ -126,12 +126,22 @@ def test_a_rate_that_does_not_train_bounds_the_grid(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [["--host=yolo"], ["--variants=baseline fdrr"], ["--host=detrex/dino", "--device=cuda", "--save-models"]],
+    ("arguments", "said"),
+    [
+        (["--host=yolo"], "'yolo' is not one of rt-detr, rt-detr-v2"),
+        (["--variants=baseline fdrr"], "unknown variant 'fdrr'"),
+        (["--variants=N=15"], "num_bins must be an even integer of at least 4, got 15"),
+        (["--variants=fdr:bins=16"], "FDRConfig has no setting 'bins'"),
+        (["--host=detrex/dino", "--device=cuda", "--save-models"], "detrex/dino has no save_pretrained"),
+        (["--image-size=161"], "this host cannot take images of 161 x 161"),
+        (["--data=nowhere"], "there is no nowhere/instances_train.json and no nowhere/instances_val.json"),
+        (["--device=gpu"], "'gpu' is neither cpu nor cuda"),
+    ],
 )
-def test_a_wrong_name_is_refused_before_any_training(arguments: list[str], tmp_path: Path) -> None:
-    result = CliRunner().invoke(APP, [*SMALL, *arguments, f"--output={tmp_path}"])
+def test_what_is_wrong_is_told_before_any_training(arguments: list[str], said: str, tmp_path: Path) -> None:
+    result = CliRunner().invoke(APP, [*SMALL, *arguments, f"--output={tmp_path}"], env={"COLUMNS": "400"})
     assert result.exit_code == 2
+    assert said in result.output
     assert not list(tmp_path.iterdir())
 
 
@@ -140,6 +150,19 @@ def test_only_the_very_same_settings_are_the_same_run(tmp_path: Path) -> None:
     assert load_run(tmp_path, SETTINGS) == {"final": 1}
     for change in ({"seed": 1}, {"learning_rate": 2e-3}, {"variant": "fdr"}, {"data": "elsewhere"}):
         assert load_run(tmp_path, replace(SETTINGS, **change)) is None
+
+
+def test_names_on_disk_have_no_equals_sign_and_those_that_had_one_are_still_found(tmp_path: Path) -> None:
+    settings = replace(SETTINGS, variant="N=16")
+    assert settings.key() == f"rt-detr-N_16-seed0-{settings.digest()}"
+    former = f"rt-detr-N=16-seed0-{settings.digest()}"
+    assert load_run(tmp_path, settings) is None
+    (tmp_path / f"{former}.json").write_text('{"final": 1}')
+    assert find_model(tmp_path, settings) is None
+    (tmp_path / former).mkdir()
+    assert load_run(tmp_path, settings) == {"final": 1}
+    assert find_model(tmp_path, settings) == tmp_path / former
+    assert load_run(tmp_path, replace(settings, variant="N=32")) is None
 
 
 def rows() -> list[Any]:

@@ -11,16 +11,19 @@ import torch
 from typer import Typer
 from typer.testing import CliRunner
 
-from dfine_plugin.benchmarks import latency
+from dfine_plugin.benchmarks import latency, subjects
+from dfine_plugin.benchmarks.backends import BACKENDS, CPU_BACKENDS, PRECISIONS
 from dfine_plugin.benchmarks.full_size_hosts import HOSTS
 from dfine_plugin.benchmarks.interleaving import interleave, paired_ratio, summarise
-from dfine_plugin.benchmarks.latency import count_near, read_ap
+from dfine_plugin.benchmarks.latency import read_ap
 from dfine_plugin.benchmarks.latency_report import PUBLISHED_T4, latency_markdown, parity_cell
+from dfine_plugin.benchmarks.latency_rows import count_near, measure_row
 from dfine_plugin.benchmarks.machine import describe_readings, parse_reading
-from dfine_plugin.benchmarks.runners import BACKENDS, CPU_BACKENDS, TORCH_BACKENDS, Runner, check_backend
+from dfine_plugin.benchmarks.runners import DTYPES, TORCH_BACKENDS, Runner, check_backend
 from dfine_plugin.benchmarks.runs import Result
 from dfine_plugin.benchmarks.subjects import Subject, find_subjects
-from dfine_plugin.export.parity import Detections
+from dfine_plugin.export.parity import Detections, torch_detections
+from dfine_plugin.targets import BACKENDS as ENGINE_BACKENDS
 
 from ..adapters.hosts import IMAGE_SIZE, wrapped
 from ..adapters.transformers_hosts import HOSTS as SMALL_HOSTS
@@ -128,6 +131,11 @@ def test_readings_of_nvidia_smi() -> None:
     assert describe_readings([idle]).endswith("no throttling seen")
 
 
+def test_every_name_of_a_backend_and_a_precision_stands_for_one() -> None:
+    assert set(BACKENDS) - {"onnxruntime", *ENGINE_BACKENDS} == TORCH_BACKENDS.keys()
+    assert set(PRECISIONS) == DTYPES.keys()
+
+
 @pytest.mark.parametrize("backend", sorted(set(BACKENDS) - set(CPU_BACKENDS)))
 def test_what_needs_a_gpu_says_so(backend: str) -> None:
     with pytest.raises(ValueError, match=f"{backend} runs on a GPU, and .*run torch, torch-compile, onnxruntime"):
@@ -145,10 +153,14 @@ def test_what_needs_a_gpu_says_so(backend: str) -> None:
         (("--host", "yolo"), "'yolo' is not one of rt-detr-r18"),
         (("--model", "nowhere"), "nowhere holds no model"),
         (("--onnx", "nowhere.onnx"), "there is no file nowhere.onnx"),
+        (("--onnx", "a=b=c.onnx"), "there is no file b=c.onnx"),
+        (("--host", "rt-detr-r18", "--image-size", "161"), "this host cannot take images of 161 x 161"),
+        (("--device", "gpu"), "'gpu' is neither cpu nor cuda"),
+        (("--images", "nowhere"), "'nowhere' does not exist"),
     ],
 )
 def test_wrong_arguments_are_refused_before_anything_is_built(arguments: tuple[str, ...], said: str) -> None:
-    assert said in invoke(*arguments, "--image-size", "64", exit_code=2)
+    assert said in invoke("--image-size", "64", *arguments, exit_code=2)
 
 
 def test_what_runs_where(tmp_path: Path) -> None:
@@ -163,6 +175,22 @@ def test_what_runs_where(tmp_path: Path) -> None:
     assert (both.graph, both.engine) == (files["graph"], files["engine"])
     with pytest.raises(ValueError, match="'g' has two files of one kind"):
         find_subjects([], [], [f"g={files['graph']}", f"g={files['engine']}"], [], 32, None)
+
+
+def test_a_name_ends_at_the_first_equals_sign(tmp_path: Path) -> None:
+    file = tmp_path / "lr=1" / "N=16.onnx"
+    file.parent.mkdir()
+    file.touch()
+    (named,) = find_subjects([], [], [f"ours={file}"], [], 32, None)
+    assert (named.name, named.graph) == ("ours", file)
+    (unnamed,) = find_subjects([], [], [str(file)], [], 32, None)
+    assert (unnamed.name, unnamed.graph) == ("N=16", file)
+
+
+def test_what_a_model_cannot_take_is_told_before_it_is_loaded(tmp_path: Path) -> None:
+    wrapped(RT_DETR).config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="this host cannot take images of 161 x 161"):
+        find_subjects([], [str(tmp_path)], [], [], 161, None)
 
 
 def test_ap_comes_by_name_and_from_an_ablation(tmp_path: Path) -> None:
@@ -205,14 +233,14 @@ def test_where_there_is_no_parity_it_says_why() -> None:
     certain, unsure = torch.tensor([[3.0, -3.0]]), torch.tensor([[-3.0, -3.0]])
     subject = Subject("a", [torch.zeros(3, 32, 32)])
     found = {name: Still(logits).detect(subject.images) for name, logits in (("certain", certain), ("unsure", unsure))}
-    assert latency.measure_row(Still(certain), subject, None) == "no model to compare with"
-    assert latency.measure_row(Still(unsure), subject, found["unsure"]) == "no detection of score 0.3"
-    assert latency.measure_row(Still(certain * torch.nan), subject, found["certain"]) == "**failed**: not finite"
-    same = latency.measure_row(Still(certain), subject, found["certain"])
+    assert measure_row(Still(certain), subject, None) == "no model to compare with"
+    assert measure_row(Still(unsure), subject, found["unsure"]) == "no detection of score 0.3"
+    assert measure_row(Still(certain * torch.nan), subject, found["certain"]) == "**failed**: not finite"
+    same = measure_row(Still(certain), subject, found["certain"])
     assert parity_cell(same) == "p99 0 px, max 0 px, 0 of 1 lost"
-    apart = latency.measure_row(Still(certain, place=0.75), subject, found["certain"])
+    apart = measure_row(Still(certain, place=0.75), subject, found["certain"])
     assert parity_cell(apart) == "**failed**: p99 8 px, max 8 px, 0 of 1 lost"
-    fresh = latency.measure_row(Still(unsure), replace(subject, fresh=True), found["unsure"])
+    fresh = measure_row(Still(unsure), replace(subject, fresh=True), found["unsure"])
     assert parity_cell(fresh) == "2 of 2 within 0.5 px"
 
 
@@ -246,7 +274,9 @@ def test_the_command_on_a_small_model(tmp_path: Path) -> None:
 def test_a_row_that_cannot_be_built_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And the other is measured all the same."""
     model = wrapped(RT_DETR)
-    monkeypatch.setattr(latency, "find_subjects", lambda *_: [Subject("a", images, model), Subject("b", images, model)])
+    monkeypatch.setattr(
+        subjects, "find_subjects", lambda *_: [Subject("a", images, model), Subject("b", images, model)]
+    )
     images = [torch.zeros(3, IMAGE_SIZE, IMAGE_SIZE)]
     run = Subject.runner
 
@@ -296,6 +326,6 @@ def test_a_backend_on_a_gpu(backend: str, tmp_path: Path) -> None:
     precision = "fp32" if backend in TORCH_BACKENDS or backend == "onnxruntime" else "fp16"
     runner = subject.runner(backend, images[0][None].to(device), precision, tmp_path)
     assert subject.model is not None
-    parity = latency.measure_row(runner, subject, latency.torch_detections(subject.model, images))
+    parity = measure_row(runner, subject, torch_detections(subject.model, images))
     assert isinstance(parity, dict)
     assert parity["num_lost"] == 0

@@ -5,12 +5,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from matplotlib.patches import Rectangle
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex
+from matplotlib.legend import Legend
+from matplotlib.lines import Line2D
+from matplotlib.patches import Polygon, Rectangle
 from PIL import Image
 from typer.testing import CliRunner
 
+from dfine_plugin import FDRConfig
 from dfine_plugin.commands import app
-from dfine_plugin.show import draw_detections, read_detections
+from dfine_plugin.distributions import edge_distributions
+from dfine_plugin.show import COLOURS, Detection, draw_detections, read_detections
 from dfine_plugin.wrapping import predict_distributions
 
 from ..adapters.hosts import NUM_LAYERS, build, images, wrapped
@@ -36,15 +42,16 @@ def run(*arguments: object) -> tuple[int, str]:
 def test_a_saved_model_gives_a_picture(name: str, picture: Path, tmp_path: Path) -> None:
     wrapped(ROWS[name]).save_pretrained(tmp_path / "model")
     sizes = {}
-    for layers in ("last", "all"):
+    for layers, dpi in (("last", 100), ("all", 100), ("last", 150)):
         output = tmp_path / "new" / f"{layers}.png"
         arguments = ("--model", tmp_path / "model", "--image", picture, "--image-size", 64, "--threshold", 0)
-        code, text = run(*arguments, "--top", 2, "--layers", layers, "--output", output)
+        code, text = run(*arguments, "--top", 2, "--layers", layers, "--dpi", dpi, "--output", output)
         assert code == 0, text
         assert "2 in detail" in text
-        sizes[layers] = Image.open(output).size
-    assert sizes["all"][0] == sizes["last"][0]
-    assert sizes["all"][1] > 2 * sizes["last"][1]  # three times the rows, under the same headings
+        sizes[layers, dpi] = Image.open(output).size
+    assert sizes["all", 100][0] == sizes["last", 100][0]
+    assert sizes["all", 100][1] > 2 * sizes["last", 100][1]  # three times the rows, under the same headings
+    assert sizes["last", 150] == pytest.approx([1.5 * side for side in sizes["last", 100]], abs=1)
 
 
 def test_what_cannot_be_shown_is_said(picture: Path, tmp_path: Path) -> None:
@@ -95,17 +102,11 @@ def test_the_picture_shows_the_numbers() -> None:
 
     layer = found[0].layers[0]
     crop, *edges = parts[:9]
-    bands = [patch for patch in crop.patches if isinstance(patch, Rectangle) and patch.get_fill()]
-    x0, y0, x1, y1 = layer.edges.tolist()
+    bands = [patch for patch in crop.patches if isinstance(patch, Polygon)]
     for edge, (band, std) in enumerate(zip(bands, layer.deviations.tolist(), strict=True)):
-        middle = (x0, y0, x1, y1)[edge]
-        (left, top), (right, bottom) = (
-            band.get_xy(),
-            (band.get_x() + band.get_width(), band.get_y() + band.get_height()),
-        )
-        across, along = ((left, right), (top, bottom)) if edge % 2 == 0 else ((top, bottom), (left, right))
-        torch.testing.assert_close(across, (middle - std, middle + std))
-        torch.testing.assert_close(along, (y0, y1) if edge % 2 == 0 else (x0, x1))
+        middle = float(layer.edges[edge])
+        across = band.get_xy()[:, edge % 2]
+        torch.testing.assert_close((across.min(), across.max()), (middle - std, middle + std))
     (initial,) = (patch for patch in crop.patches if isinstance(patch, Rectangle) and not patch.get_fill())
     torch.testing.assert_close([initial.get_x(), initial.get_y()], layer.initial_edges[:2].tolist())
     for edge in range(4):
@@ -114,3 +115,56 @@ def test_the_picture_shows_the_numbers() -> None:
         x, y = after.lines[-1].get_data()
         torch.testing.assert_close(x.tolist(), layer.offsets[edge].tolist())
         torch.testing.assert_close(y.tolist(), layer.probabilities[edge].tolist())
+
+
+def detection(box: tuple[float, ...], bins: torch.Tensor, name: str = "a") -> Detection:
+    """One whose four edges have the distributions of these logits, ``(4, 33)``."""
+    layer = edge_distributions(torch.tensor(box), bins, FDRConfig().bin_values(), SIZE)
+    return Detection(name, 0.5, [layer])
+
+
+def test_bands_of_flat_distributions_do_not_overlap() -> None:
+    unsure = torch.zeros(4, 33)
+    unsure[:2, [0, -1]] = 9  # left and top may be anywhere, but where they are
+    points = np.random.default_rng(0).uniform((0, 0), SIZE, (10_000, 2))
+    for bins in (torch.zeros(4, 33), unsure):
+        flat = detection((0.5, 0.5, 0.3, 0.4), bins)
+        whole, *_ = draw_detections(np.zeros((SIZE[1], SIZE[0], 3), np.uint8), [flat]).axes
+        bands = [patch.get_path() for patch in whole.patches if isinstance(patch, Polygon)]
+        assert len(bands) == 4
+        inside = np.stack([band.contains_points(points) for band in bands])
+        assert inside.any(1).all()
+        assert inside.sum(0).max() == 1
+
+
+def test_labels_lie_in_the_image() -> None:
+    corners = [(0.1, 0.1, 0.2, 0.2), (0.95, 0.05, 0.1, 0.1), (1.0, 1.0, 0.1, 0.1), (0.0, 0.5, 0.3, 0.3)]
+    found = [detection(box, torch.zeros(4, 33), "a name of some length") for box in corners]
+    for shape in ((80, 120), (120, 80)):
+        figure = draw_detections(np.zeros((*shape, 3), np.uint8), found, detailed=4)
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        whole = figure.axes[0]
+        frame = whole.get_window_extent()
+        assert max(frame.width, frame.height) / figure.dpi > 5.5
+        for label in whole.texts:
+            extent = label.get_window_extent()
+            assert frame.x0 - 1 <= extent.x0 < extent.x1 <= frame.x1 + 1
+            assert frame.y0 - 1 <= extent.y0 < extent.y1 <= frame.y1 + 1
+
+
+def test_the_legend_shows_what_is_drawn_as_it_is_drawn() -> None:
+    found = [detection((0.5, 0.5, 0.3, 0.4), torch.zeros(4, 33))] * 2
+    image = np.zeros((SIZE[1], SIZE[0], 3), np.uint8)
+    said = {}
+    for detailed in (1, 2):
+        (legend,) = draw_detections(image, found, detailed=detailed).findobj(Legend)
+        said[detailed] = [text.get_text() for text in legend.get_texts()]
+    assert said[1][:3] == said[2]
+    assert said[1][3] == "other detections"
+    colours = [line.get_color() for line in legend.findobj(Line2D)]
+    assert [colour for colour in colours if colour in COLOURS] == list(COLOURS)
+    bands = [to_hex(patch.get_facecolor()).upper() for patch in legend.findobj(Rectangle)]
+    assert bands == list(COLOURS)
+    columns = {axes.get_ylabel() for axes in draw_detections(image, found).axes}
+    assert {"before W", "after W"} <= columns

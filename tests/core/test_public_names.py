@@ -39,7 +39,7 @@ PARAMETERS = {
     "fgl_loss": ["logits", "initial_boxes", "target_boxes", "iou", "weights", "num_boxes"],
     "ddf_loss": ["student", "teacher", "matched", "quality", "temperature"],
 }
-HOSTS = ["transformers", "detectron2", "detrex", "torchvision", "pycocotools"]
+HOSTS = ["torch", "transformers", "detectron2", "detrex", "torchvision", "pycocotools"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -70,11 +70,25 @@ def test_everything_public_is_documented() -> None:
                     assert inspect.getdoc(method), f"{name}.{method_name}"
 
 
-def test_importing_loads_no_host() -> None:
-    """A fresh interpreter that imports the package has loaded none of the hosts."""
+def test_importing_loads_no_host_nor_torch() -> None:
+    """A fresh interpreter that imports the package has loaded none of them."""
     code = f"import json, sys, dfine_plugin\nprint(json.dumps([name for name in {HOSTS!r} if name in sys.modules]))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(result.stdout.splitlines()[-1]) == []
+
+
+def test_names_are_found_when_they_are_asked_for() -> None:
+    """In a fresh interpreter: listed, by star, as attributes, modules too; and what is not there is not."""
+    code = (
+        "import dfine_plugin\n"
+        "assert set(dfine_plugin.__all__) <= set(dir(dfine_plugin))\n"
+        "dfine_plugin.wrapping.predict_distributions\n"
+        "from dfine_plugin import *\n"
+        "assert wrap_decoder is dfine_plugin.wrapping.wrap_decoder\n"
+        "print([name for name in dfine_plugin.__all__ if name not in globals()], hasattr(dfine_plugin, 'wrap_encoder'))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "[] False"
 
 
 def test_a_checkouts_root_first_on_the_path_hides_nothing() -> None:

@@ -1,14 +1,19 @@
 """What an exported graph takes and gives, and what export refuses."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
 from torch import nn
 from transformers import RTDetrImageProcessor
 
+import dfine_plugin
 from dfine_plugin import UnsupportedModelError, WrapStateError
 from dfine_plugin.export import export_onnx
 from dfine_plugin.export.precision import to_precision
@@ -36,6 +41,32 @@ def test_detections_in_the_graph_are_those_of_the_hosts_own_processor(tmp_path: 
         np.testing.assert_allclose(found[0][image], detections["scores"].numpy(), atol=1e-5)
         np.testing.assert_array_equal(found[1][image], detections["labels"].numpy())
         np.testing.assert_allclose(found[2][image], detections["boxes"].numpy(), rtol=1e-4, atol=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_a_graph_holds_what_it_uses_and_says_what_it_is(precision: str, tmp_path: Path) -> None:
+    model = wrapped(ROWS["deformable-detr-refine"])
+    path = export_onnx(model, tmp_path / "model.onnx", (64, 96), precision=precision, metadata={"author": "me"})
+    graph = onnx.load(path).graph
+    used = {name for node in graph.node for name in node.input} | {output.name for output in graph.output}
+    assert graph.initializer
+    assert [tensor.name for tensor in graph.initializer if tensor.name not in used] == []
+    # where it was exported is nobody's business
+    assert str(Path(torch.__file__).parent).encode() not in path.read_bytes()
+
+    about = {entry.key: json.loads(entry.value) for entry in onnx.load(path).metadata_props}
+    boxes = "cx, cy, w, h in units of the image's sides"
+    common = {"version": dfine_plugin.__version__, "precision": precision, "input_size": [64, 96]}
+    assert about == {**common, "box_format": boxes, "author": "me"}
+
+
+@pytest.mark.slow
+def test_onnxruntime_has_nothing_to_say_of_a_graph(tmp_path: Path) -> None:
+    path = export_onnx(wrapped(ROWS["rt-detr"]), tmp_path / "model.onnx", SIZE, precision="fp16", num_detections=5)
+    code = f"import onnxruntime; onnxruntime.InferenceSession({str(path)!r}, providers=['CPUExecutionProvider'])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout + result.stderr == ""
 
 
 def test_what_export_refuses(tmp_path: Path) -> None:

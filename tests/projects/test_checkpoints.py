@@ -82,6 +82,8 @@ def test_images_are_those_of_the_test_data(host: str, image_format: str, tmp_pat
     )
     pixels = checkpoint.preprocess(image)
     assert pixels.shape == (1, 3, 160, 320)
+    scale = 1 / 255 if host == "rt_detr" else 1.0
+    assert checkpoint.normalisation() == {"channels": image_format, "scale": scale, "mean": [0.0] * 3, "std": [1.0] * 3}
     torch.testing.assert_close(pixels[0] * (255 if host == "rt_detr" else 1), entry["image"].float())
     assert checkpoint.preprocess(image, (96, 64)).shape == (1, 3, 96, 64)
 

@@ -1,0 +1,37 @@
+"""Options that several commands have, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+import typer
+
+from dfine_plugin.image_sizes import RT_DETR_STRIDES, check_image_size
+
+if TYPE_CHECKING:
+    import torch
+
+
+def check_host_takes(host: str, side: int) -> None:
+    """Refuse square images that a host of the benchmarks cannot take."""
+    try:
+        check_image_size((side, side), RT_DETR_STRIDES if host.startswith("rt-detr") else ())
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--image-size") from error
+
+
+def check_device_name(device: str | None) -> str | None:
+    """For typer: whether this names a device."""
+    if device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise typer.BadParameter(f"{device!r} is neither cpu nor cuda")
+    return device
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name, if it is here."""
+    import torch
+
+    if name != "cpu" and not torch.cuda.is_available():
+        raise typer.BadParameter("there is no GPU here that PyTorch can use", param_hint="--device")
+    return torch.device(name)

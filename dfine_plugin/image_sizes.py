@@ -1,0 +1,37 @@
+"""Which images a host can take."""
+
+from collections.abc import Sequence
+
+RT_DETR_STRIDES = (8, 16, 32)
+"""Of the levels that RT-DETR merges."""
+
+
+def check_image_size(size: tuple[int, int], strides: Sequence[int]) -> None:
+    """Refuse a size whose feature maps a host cannot merge.
+
+    A host that merges its levels, as RT-DETR's encoder does, doubles the coarser map and lays it over the finer one:
+    ``ceil(side / stride)`` must halve exactly from level to level.
+
+    Args:
+        size: height and width in pixels.
+        strides: of the levels that are merged, ascending; none for a host that takes any size.
+
+    Raises:
+        ValueError: names the nearest sizes that fit.
+    """
+    if not strides:
+        return
+    finest, coarsest = min(strides), max(strides)
+
+    def cover(side: int, stride: int) -> int:
+        return -(-side // stride) * stride
+
+    if any(cover(side, finest) != cover(side, coarsest) for side in size):
+        below = [max(coarsest, side // coarsest * coarsest) for side in size]
+        above = [cover(side, coarsest) for side in size]
+        height, width = size
+        raise ValueError(
+            f"this host cannot take images of {height} x {width}: its levels, of strides "
+            f"{', '.join(map(str, strides))}, would not fit one another. Multiples of {coarsest} do: "
+            f"{below[0]} x {below[1]} or {above[0]} x {above[1]}"
+        )
