@@ -315,7 +315,7 @@ class DetrexAdapter:
         retired.recast(model, "criterion", self.criterion_classes[type(criterion)])
         criterion.fdr_config = config
         retired.replace(model, "criterion.weight_dict", extended_weights(criterion.weight_dict, criterion, num_layers))
-        retired.load_hook = model.register_load_state_dict_pre_hook(_seed_from_baseline)
+        retired.load_hook = model.register_load_state_dict_pre_hook(_prepare_loading)
         return retired
 
     def attach_heads(self, model: Host, num_layers: int, retired: Retired) -> None:
@@ -407,11 +407,12 @@ def _relative_targets(instances: Any) -> dict[str, Tensor]:
     return {"gt_classes": instances.gt_classes, "gt_boxes": box_xyxy_to_cxcywh(corners)}
 
 
-def _seed_from_baseline(model: Host, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+def _prepare_loading(model: Host, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     binding = binding_of(model)
     assert binding is not None
     # a host without box refinement names its box head once, the wrapped one a second time for the decoder
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     ties = [(f"{DECODER}.{name}", name) for name in names if name.startswith("bbox_embed")]
     ties = [tie for tie in ties if tie[0] in names]
-    common.seed_from_baseline(state_dict, prefix, model, binding.retired, f"{DECODER}.fdr", ties)
+    common.complete_ties(state_dict, prefix, ties)
+    common.seed_from_baseline(state_dict, prefix, model, binding.retired, f"{DECODER}.fdr")

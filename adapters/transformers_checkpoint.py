@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForObjectDetec
 from transformers.utils import IMAGE_PROCESSOR_NAME, logging
 
 from .common import Host
-from .transformers_common import SETTINGS, load_pretrained
+from .transformers_saving import SETTINGS, load_pretrained
 
 IMAGE_SIZE = 640
 """Pixels, where neither the caller nor the checkpoint says."""

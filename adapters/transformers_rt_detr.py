@@ -244,6 +244,10 @@ class RTDetrAdapter(hf.TransformersAdapter):
 
     def deploy(self, model: common.Host) -> None:
         super().deploy(model)
-        class_heads = model.model.decoder.class_embed
-        for index in range(len(class_heads) - 1):
-            class_heads[index] = nn.Identity()
+        lists = [model.model.decoder.class_embed]
+        if hasattr(model, "class_embed"):  # RT-DETRv2 declares every head a second time
+            lists.append(model.class_embed)
+        for class_heads in lists:
+            for index in range(len(class_heads) - 1):
+                class_heads[index] = nn.Identity()
+        hf.retie(model)

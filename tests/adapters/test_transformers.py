@@ -1,15 +1,14 @@
-"""What only the hosts of transformers have: outputs, save_pretrained, ties, configs; and their numerics."""
+"""What only the hosts of transformers have: outputs, ties, configs; and their numerics."""
 
 import copy
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from dfine_plugin import UnsupportedModelError, is_wrapped, load_pretrained, unwrap_decoder, wrap_decoder
+from dfine_plugin import wrap_decoder
 
-from .hosts import Host, assert_equal, build, images, labels, predict, randomise_fdr, train_step, wrapped
+from .hosts import Host, build, images, labels, predict, randomise_fdr, wrapped
 
 
 @pytest.fixture
@@ -53,32 +52,6 @@ def test_outputs_have_the_hosts_fields_and_shapes(host: Host) -> None:
             elif isinstance(value, tuple):
                 assert [v.shape for v in ours[key]] == [v.shape for v in value], key
     assert isinstance(model(images(), return_dict=False), tuple)
-
-
-def test_save_pretrained_and_load(host: Host, tmp_path: Path) -> None:
-    model = wrapped(host)
-    train_step(host, model)
-    model.save_pretrained(tmp_path / "one")
-    loaded = load_pretrained(tmp_path / "one")
-    assert type(loaded) is type(model)
-    assert_equal(host, model, loaded)
-    assert loaded.state_dict().keys() == model.state_dict().keys()
-    model.save_pretrained(tmp_path / "shards", max_shard_size="50KB")
-    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
-    assert_equal(host, model, load_pretrained(tmp_path / "shards"))
-    assert train_step(host, model) == train_step(host, loaded)
-    assert is_wrapped(loaded)
-    unwrap_decoder(loaded)
-
-
-def test_the_hosts_own_from_pretrained_cannot_pass_for_a_wrapped_model(host: Host, tmp_path: Path) -> None:
-    wrapped(host).save_pretrained(tmp_path)
-    bare = type(build(host)).from_pretrained(tmp_path)
-    with pytest.raises(UnsupportedModelError, match="load_pretrained"):
-        wrap_decoder(bare, host.config())
-    build(host).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="no wrapped model"):
-        load_pretrained(tmp_path)
 
 
 def test_ties_survive_wrapping(host: Host) -> None:
