@@ -7,7 +7,6 @@ The weights themselves keep the name that transformers gives them, for its Train
 """
 
 import copy
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +51,17 @@ class WrappedConfig:
         return _unpickled, (type(self).__mro__[2],), self.__dict__
 
 
-@cache
-def _wrapped_class(host_class: type[PretrainedConfig]) -> type[PretrainedConfig]:
-    return type(host_class.__name__, (WrappedConfig, host_class), {"__module__": host_class.__module__})
+_wrapped_classes: dict[type, type] = {}
 
 
-def _unpickled(host_class: type[PretrainedConfig]) -> PretrainedConfig:
+def _wrapped_class(host_class: type) -> Any:
+    if host_class not in _wrapped_classes:
+        namespace = {"__module__": host_class.__module__}
+        _wrapped_classes[host_class] = type(host_class.__name__, (WrappedConfig, host_class), namespace)
+    return _wrapped_classes[host_class]
+
+
+def _unpickled(host_class: type) -> PretrainedConfig:
     cls = _wrapped_class(host_class)
     return cls.__new__(cls)
 

@@ -8,7 +8,14 @@ from pathlib import Path
 from .boxes import decode_boxes, encode_boxes
 from .checkpoints import load_pretrained
 from .config import FDRConfig
-from .errors import DFinePluginError, InvalidTargetError, NonFiniteError, UnsupportedModelError, WrapStateError
+from .errors import (
+    DFinePluginError,
+    InvalidTargetError,
+    NonFiniteError,
+    SettingsMismatchError,
+    UnsupportedModelError,
+    WrapStateError,
+)
 from .head import FDRHead
 from .losses import ddf_loss, fgl_loss
 from .matching import GOLSDMatcher, union_matching
@@ -30,6 +37,7 @@ __all__ = [
     "GOLSDMatcher",
     "InvalidTargetError",
     "NonFiniteError",
+    "SettingsMismatchError",
     "UnsupportedModelError",
     "WrapStateError",
     "ddf_loss",

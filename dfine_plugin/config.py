@@ -11,6 +11,9 @@ from .weighting import check_bins, check_number, uniform_bins, weighting_functio
 
 VERSION = 1
 
+WEIGHTINGS = ("nonuniform", "uniform")
+"""The choices for W."""
+
 
 @dataclass(frozen=True)
 class FDRConfig:
@@ -54,8 +57,8 @@ class FDRConfig:
 
     def __post_init__(self) -> None:
         check_bins(self.num_bins, self.a, self.c)
-        if self.weighting not in ("nonuniform", "uniform"):
-            raise ValueError(f"weighting must be 'nonuniform' or 'uniform', got {self.weighting!r}")
+        if self.weighting not in WEIGHTINGS:
+            raise ValueError(f"weighting must be {' or '.join(map(repr, WEIGHTINGS))}, got {self.weighting!r}")
         check_number("temperature", self.temperature, above=0)
         check_number("residual_scale", self.residual_scale, above=0)
         check_number("fgl_weight", self.fgl_weight, least=0)

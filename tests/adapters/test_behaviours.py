@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from dfine_plugin import WrapStateError, deploy, is_wrapped, unwrap_decoder, wrap_decoder
+from dfine_plugin import SettingsMismatchError, WrapStateError, deploy, is_wrapped, unwrap_decoder, wrap_decoder
 
 from .hosts import (
     Host,
@@ -223,6 +223,52 @@ def test_a_state_dict_loads_bit_for_bit(host: Host, tmp_path: Path) -> None:
     torch.save(model.state_dict(), tmp_path / "wrapped.pt")
     other = wrap_decoder(build(host, seed=9), host.config())
     other.load_state_dict(torch.load(tmp_path / "wrapped.pt"))
+    assert_equal(host, model, other)
+
+
+OTHER_SETTINGS = [
+    ({"residual_scale": 8.0}, r"residual_scale 1\.0 \(this model: 8\.0\)"),
+    (
+        {"a": 0.3, "weighting": "uniform"},
+        r"a 0\.5 \(this model: 0\.3\), weighting 'nonuniform' \(this model: 'uniform'\)",
+    ),
+    ({"c": 0.2}, r"c 0\.25 \(this model: 0\.2\)"),
+    ({"num_bins": 16}, r"num_bins 32 \(this model: 16\)"),
+    ({"lqe": False}, r"lqe True \(this model: False\)"),
+]
+
+
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", "not-strict"])
+def test_a_state_dict_of_other_settings_is_refused_by_name(host: Host, strict: bool) -> None:
+    weights = wrapped(host).state_dict()
+    for settings, message in OTHER_SETTINGS:
+        other = wrap_decoder(build(host), host.config(**settings))
+        with pytest.raises(SettingsMismatchError, match=message):
+            other.load_state_dict(weights, strict=strict)
+    wrap_decoder(build(host), host.config(temperature=3.0, union=False)).load_state_dict(weights)
+
+
+def test_deployed_and_wrapped_state_dicts_are_not_mistaken_for_one_another(host: Host) -> None:
+    def scaled() -> nn.Module:
+        return wrap_decoder(build(host), host.config(residual_scale=8.0))
+
+    deployed = deploy(scaled())
+    with pytest.raises(SettingsMismatchError, match=r"residual_scale 8\.0 \(this model: 1\.0\)"):
+        deployed.load_state_dict(scaled().state_dict(), strict=False)
+    with pytest.raises(SettingsMismatchError, match=r"residual_scale 1\.0 \(this model: 8\.0\)"):
+        scaled().load_state_dict(deployed.state_dict(), strict=False)
+    other = deploy(scaled())
+    randomise_fdr(host, other)
+    other.load_state_dict(deployed.state_dict())
+    assert_equal(host, deployed, other)
+
+
+def test_a_state_dict_of_version_0_1_0_loads(host: Host) -> None:
+    model = wrapped(host)
+    weights = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith("_extra_state")}
+    assert len(weights) == len(model.state_dict()) - 1
+    other = wrap_decoder(build(host, seed=9), host.config())
+    other.load_state_dict(weights)
     assert_equal(host, model, other)
 
 
