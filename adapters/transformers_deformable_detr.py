@@ -15,7 +15,7 @@ from dfine_plugin.assignment import MatchingCost
 from dfine_plugin.config import FDRConfig
 from dfine_plugin.errors import UnsupportedModelError
 from dfine_plugin.head import FDRHead, locate_initial_boxes
-from dfine_plugin.record import FDRRecord, current_record, leave_record
+from dfine_plugin.record import FDRRecord, closes_on_interrupt, current_record, leave_record
 from dfine_plugin.registry import register_adapter
 
 from . import common, recomputed_boxes
@@ -112,6 +112,7 @@ class DeformableDetrGOLSDLoss:
     def __init__(self, config: FDRConfig) -> None:
         self.config = config
 
+    @closes_on_interrupt
     def __call__(
         self,
         logits: Tensor,

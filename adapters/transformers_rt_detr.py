@@ -19,7 +19,7 @@ from dfine_plugin.boxes import aligned_iou, at_least_float32
 from dfine_plugin.config import FDRConfig
 from dfine_plugin.criterion import distribution_losses, flatten_pairs, mean_over_processes
 from dfine_plugin.head import FDRHead, locate_initial_boxes
-from dfine_plugin.record import FDRRecord, current_record, current_scope, leave_record
+from dfine_plugin.record import FDRRecord, closes_on_interrupt, current_record, current_scope, leave_record
 from dfine_plugin.registry import register_adapter
 
 from . import common
@@ -141,6 +141,7 @@ class RTDetrGOLSDLoss:
     def __init__(self, config: FDRConfig) -> None:
         self.config = config
 
+    @closes_on_interrupt
     def __call__(
         self,
         logits: Tensor,

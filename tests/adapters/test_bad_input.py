@@ -1,11 +1,23 @@
 """What comes in wrong is named, and leaves nothing behind."""
 
+import gc
+import weakref
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 from transformers import DeformableDetrForObjectDetection, DFineConfig, DFineForObjectDetection, ResNetConfig
 
-from dfine_plugin import InvalidTargetError, NonFiniteError, UnsupportedModelError, register_adapter, wrap_decoder
+from dfine_plugin import (
+    InvalidTargetError,
+    NonFiniteError,
+    UnsupportedModelError,
+    record,
+    register_adapter,
+    wrap_decoder,
+)
+from dfine_plugin.adapters import common
 from dfine_plugin.record import current_scope
 
 from .hosts import Host, build, images, labels
@@ -85,6 +97,58 @@ def test_nothing_is_left_after_an_exception(host: Host) -> None:
     host.loss(model, images(), labels())
     with pytest.raises(RuntimeError, match="within that model's forward"):
         current_scope()
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder", "class head", "loss"])
+def test_nothing_is_left_after_an_interrupt(host: Host, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = wrapped(host).train()
+    decoder = model.get_submodule(host.decoder)
+    heads = (decoder if host.name.startswith("rt-detr") else model).class_embed
+    records: list[weakref.ref] = []
+
+    def interrupt(*_: Any, **__: Any) -> None:
+        if part == "loss":
+            records.append(weakref.ref(record.current_record()))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        if part == "loss":
+            patch.setattr(common.UnionCriterion, "match", interrupt)
+        else:
+            interrupted = {
+                "encoder": model.get_submodule(host.decoder.replace("decoder", "encoder")),
+                "decoder": decoder.layers[1],
+                "class head": heads[1] if isinstance(heads, nn.ModuleList) else heads,
+            }
+            patch.setattr(interrupted[part], "forward", interrupt)
+        for _ in range(3):
+            with pytest.raises(KeyboardInterrupt):
+                host.loss(model, images(), labels())
+            assert len(record._scopes.stack) <= 1
+    gc.collect()
+    if part == "loss":
+        assert [left() for left in records] == [None] * 3
+    with pytest.raises(RuntimeError, match="within that model's forward"):
+        current_scope()
+    assert not record._scopes.stack
+    assert torch.isfinite(host.loss(model, images(), labels()))
+
+
+def test_a_forward_within_a_forward_keeps_its_own_record(host: Host) -> None:
+    outer, inner = wrapped(host), build(host, seed=5)
+    wrap_decoder(inner, host.config())
+    seen: list[bool] = []
+
+    def look_twice(*_: Any) -> None:
+        before = record.current_scope()
+        with torch.no_grad():
+            host.predict(inner, images())
+        seen.append(record.current_scope() is before)
+
+    outer.get_submodule(host.decoder).layers[1].register_forward_hook(look_twice)
+    with torch.no_grad():
+        host.predict(outer, images())
+    assert seen == [True]
 
 
 def test_a_model_nobody_knows() -> None:
