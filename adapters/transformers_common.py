@@ -1,7 +1,7 @@
 """What the adapters for transformers share: heads, ties and state dicts."""
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -52,7 +52,7 @@ class TransformersAdapter:
             raise UnsupportedModelError(
                 f"this {name}'s config comes from a wrapped model, whose FDR weights {name}.from_pretrained does not "
                 "know. Load such a checkpoint with dfine_plugin.load_pretrained(path); "
-                f"to wrap anew, delete config.{saving.SETTINGS} first"
+                "to wrap anew, build the host with a config of its own"
             )
         if "_loss_function" in model.__dict__:
             raise UnsupportedModelError(
@@ -97,6 +97,7 @@ class TransformersAdapter:
         """See :class:`~dfine_plugin.registry.Adapter`. Returns the labels among the arguments."""
         labels = inspect.signature(type(model).forward).bind(model, *args, **kwargs).arguments.get("labels")
         if labels is not None:
+            labels = with_boxes_in_rows(labels)
             check_targets(labels, model.config.num_labels, labels_key="class_labels", boxes_key="boxes")
         return labels
 
@@ -125,6 +126,11 @@ def retire(model: Host, names: Iterable[str], retired: Retired) -> None:
         retired.replace(model, name, nn.Identity())
     retired.modules.update(originals)
     retired.attributes.update(originals)
+
+
+def with_boxes_in_rows(labels: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A forward's labels, with the empty boxes ``(0,)`` that hosts accept as ``(0, 4)``."""
+    return [{**t, "boxes": t["boxes"].reshape(0, 4)} if t["boxes"].shape == (0,) else {**t} for t in labels]
 
 
 def prediction_set(logits: Tensor, boxes: Tensor) -> dict[str, Tensor]:

@@ -125,6 +125,7 @@ class DeformableDetrGOLSDLoss:
         **_: Any,
     ) -> tuple[Tensor, dict[str, Tensor], list[dict[str, Tensor]] | None]:
         record = current_record()
+        labels = hf.with_boxes_in_rows(labels)
         layers = [hf.prediction_set(*layer) for layer in zip(outputs_class, outputs_coord, strict=True)]
         assert record.initial_logits is not None
         initial = hf.prediction_set(record.initial_logits, record.initial_boxes)

@@ -157,6 +157,7 @@ class RTDetrGOLSDLoss:
         **_: Any,
     ) -> tuple[Tensor, dict[str, Tensor], list[dict[str, Tensor]] | None]:
         record = current_record()
+        labels = hf.with_boxes_in_rows(labels)
         num_layers = outputs_class.shape[1]
         num_denoising = denoising_meta_values["dn_num_split"][0] if denoising_meta_values is not None else 0
         denoising, queries = slice(0, num_denoising), slice(num_denoising, None)

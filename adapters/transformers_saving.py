@@ -6,7 +6,6 @@ but :func:`load_pretrained` stops: the host's class, the Auto classes, pipelines
 The weights themselves keep the name that transformers gives them, for its Trainer resumes from them.
 """
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -41,37 +40,40 @@ _HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision"
 
 
 class WrappedConfig:
-    """Mixin before a host's config class: its ``config.json`` is for :func:`load_pretrained` alone."""
+    """Mixin before a host's config class: a view of the host's config, whose values it shares, for a wrapped model.
 
-    def to_diff_dict(self) -> dict[str, Any]:
-        """The host's, and what stops other loaders."""
-        return {**super().to_diff_dict(), _WEIGHTS: NO_FILE}  # type: ignore[misc]
+    What either is given the other has, so that a config which a user holds, or several models share, keeps its effect;
+    but only the view has settings, and writes a ``config.json`` for :func:`load_pretrained` alone.
+    """
+
+    __slots__ = (SETTINGS, "host")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The host's, the settings, and what stops other loaders."""
+        return {**super().to_dict(), SETTINGS: getattr(self, SETTINGS), _WEIGHTS: NO_FILE}  # type: ignore[misc]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _unpickled, (type(self).__mro__[2],), self.__dict__
+        return _view, (self.host, getattr(self, SETTINGS))  # type: ignore[attr-defined]
 
 
-_wrapped_classes: dict[type, type] = {}
+_view_classes: dict[type, Any] = {}
 
 
-def _wrapped_class(host_class: type) -> Any:
-    if host_class not in _wrapped_classes:
-        namespace = {"__module__": host_class.__module__}
-        _wrapped_classes[host_class] = type(host_class.__name__, (WrappedConfig, host_class), namespace)
-    return _wrapped_classes[host_class]
-
-
-def _unpickled(host_class: type) -> PretrainedConfig:
-    cls = _wrapped_class(host_class)
-    return cls.__new__(cls)
+def _view(host: PretrainedConfig, settings: dict[str, Any]) -> PretrainedConfig:
+    """A :class:`WrappedConfig` of a host's config."""
+    cls = type(host)
+    if cls not in _view_classes:
+        _view_classes[cls] = type(cls.__name__, (WrappedConfig, cls), {"__module__": cls.__module__})
+    view = _view_classes[cls].__new__(_view_classes[cls])
+    object.__setattr__(view, "__dict__", host.__dict__)
+    view.host = host
+    setattr(view, SETTINGS, settings)
+    return view
 
 
 def note_settings(model: Host, config: FDRConfig) -> None:
-    """Note the settings in the model's config, in a copy, for hosts can share one config."""
-    own = copy.deepcopy(model.config)
-    own.__class__ = _wrapped_class(type(own))
-    setattr(own, SETTINGS, config.to_dict())
-    _replace_config(model, own)
+    """Note the settings in the model's config, in a view of it, for hosts can share one config."""
+    _replace_config(model, _view(model.config, config.to_dict()))
 
 
 def note_deployment(model: Host) -> None:
@@ -80,18 +82,15 @@ def note_deployment(model: Host) -> None:
 
 
 def forget_settings(model: Host) -> None:
-    """Undo :func:`note_settings`, in a copy."""
-    own = copy.deepcopy(model.config)
-    own.__class__ = type(own).__mro__[2]
-    delattr(own, SETTINGS)
-    _replace_config(model, own)
+    """Undo :func:`note_settings`."""
+    _replace_config(model, model.config.host)
 
 
-def _replace_config(model: Host, own: PretrainedConfig) -> None:
-    shared = model.config
+def _replace_config(model: Host, new: PretrainedConfig) -> None:
+    former = model.config
     for module in model.modules():
-        if getattr(module, "config", None) is shared:
-            module.config = own
+        if getattr(module, "config", None) is former:
+            module.config = new
 
 
 def rename_saved(model: Host, state_dict: dict[str, Any], prefix: str) -> None:

@@ -144,7 +144,7 @@ class FDRHead(nn.Module):
             return None
         peaks = probabilities.topk(QUALITY_TOP_K, dim=-1).values
         shape = torch.cat([peaks, peaks.mean(-1, keepdim=True)], dim=-1).flatten(-2)
-        return mlp(shape.to(next(mlp.parameters()).dtype))
+        return mlp(shape.to(next(mlp.parameters(), shape).dtype))
 
     def deploy(self) -> None:
         """Drop what only training uses: the quality estimates of all layers but the last, and the residuals' scale,

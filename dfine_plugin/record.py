@@ -4,8 +4,8 @@ A scope is opened when the model's forward begins and closed when it ends, by re
 the decoder leaves its record there and the loss picks it up. Scopes are per thread and nest, nothing is kept on a
 module, so copies, pickles and state dicts never see a record.
 
-An interrupt (Ctrl-C) is no ``Exception``: torch calls no hook at the end of a forward that it ends. The loss, which holds
-the record with its graph, closes the scope itself (:func:`closes_on_interrupt`); elsewhere a scope is known to be
+An interrupt (Ctrl-C) is no ``Exception``: torch calls no hook at the end of a forward that it ends. The loss, which
+holds the record with its graph, closes the scope itself (:func:`closes_on_interrupt`); elsewhere a scope is known to be
 abandoned as soon as something asks from a frame so far out that the one which opened it must have ended.
 """
 
@@ -149,8 +149,8 @@ def current_scope() -> Scope:
     """
     if not in_scope():
         raise RuntimeError(
-            "the loss of a wrapped model runs within that model's forward only: call the model itself, model(...), for "
-            "model.forward(...) runs no hooks"
+            "the loss of a wrapped model runs within that model's forward only, and so do the heads that look up its "
+            "record: call the model itself, model(...), for model.forward(...) runs no hooks"
         )
     return _scopes.stack[-1]
 

@@ -71,6 +71,28 @@ def test_positional_labels_are_checked_too(transformers_host: Host) -> None:
         model(images(), *[None] * (count - 2), targets)
 
 
+def test_empty_boxes_of_any_shape_are_no_boxes(transformers_host: Host) -> None:
+    host = transformers_host
+    model = wrapped(host).train()
+    losses = []
+    for empty in (torch.zeros(0, 4), torch.zeros(0)):
+        targets = labels((0, 3))
+        targets[0]["boxes"] = empty
+        given = dict(targets[0])
+        torch.manual_seed(0)
+        losses.append(host.losses(model, images(), targets)[1])
+        assert targets[0].keys() == given.keys()
+        assert targets[0]["boxes"] is given["boxes"]
+    assert losses[0].keys() == losses[1].keys()
+    assert all(torch.equal(losses[0][name], losses[1][name]) for name in losses[0])
+
+
+def test_forward_called_directly_says_to_call_the_model(transformers_host: Host) -> None:
+    model = wrapped(transformers_host)
+    with pytest.raises(RuntimeError, match=r"call the model itself, model\(\.\.\.\)"):
+        model.forward(images(), labels=labels())
+
+
 @pytest.mark.parametrize("part", ["boxes", "logits"])
 def test_non_finite_predictions_are_named_by_layer(host: Host, part: str) -> None:
     model = wrapped(host).train()

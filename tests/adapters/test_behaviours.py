@@ -4,10 +4,12 @@ import copy
 import pickle
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.ao.quantization import quantize_dynamic
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dfine_plugin import SettingsMismatchError, WrapStateError, deploy, is_wrapped, unwrap_decoder, wrap_decoder
@@ -319,6 +321,25 @@ def test_deploy_changes_no_output(host: Host) -> None:
         unwrap_decoder(model)
     with pytest.raises(WrapStateError, match="deployed already"):
         deploy(model)
+
+
+@pytest.mark.parametrize("change", [lambda model: model, deploy], ids=["wrapped", "deployed"])
+def test_dynamic_quantization_runs(host: Host, change: Any) -> None:
+    model = change(wrapped(host))
+    try:
+        predict(host, quantize_dynamic(build(host), {nn.Linear}))
+    except (RuntimeError, AttributeError, TypeError) as error:
+        pytest.skip(f"the bare host cannot: {error}")
+    quantized = quantize_dynamic(model, {nn.Linear})
+    first = host.fdr(quantized).refine[0][0]
+    assert not isinstance(first, nn.Linear)
+    hidden = torch.randn(2, 12, first.in_features)
+    state, wanted = (host.fdr(m)(0, hidden, host.fdr(m).start(torch.full((2, 12, 4), 0.5))) for m in (quantized, model))
+    torch.testing.assert_close(state.boxes, wanted.boxes, atol=0.02, rtol=0)
+    last = len(host.fdr(model).quality) - 1
+    found, expected = (host.fdr(m).quality_logits(last, wanted.probabilities) for m in (quantized, model))
+    torch.testing.assert_close(found, expected, atol=0.05, rtol=0)
+    assert all(tensor.isfinite().all() for tensor in predict(host, quantized))
 
 
 def test_the_plugin_adds_few_parameters_and_no_persistent_buffer(host: Host) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dfine_plugin import wrap_decoder
+from dfine_plugin import unwrap_decoder, wrap_decoder
 
 from .hosts import Host, build, images, labels, predict, randomise_fdr, wrapped
 
@@ -61,15 +61,31 @@ def test_ties_survive_wrapping(host: Host) -> None:
     assert all(torch.equal(a, b) for a, b in zip(predict(host, model), expected, strict=True))
 
 
-def test_hosts_of_one_config_object_stay_apart(host: Host) -> None:
+def test_a_config_keeps_its_effect_after_wrapping(host: Host) -> None:
+    model = build(host)
+    config = model.config
+    wrap_decoder(model, host.config()).train()
+    assert any("ddf" in name for name in host.losses(model, images(), labels())[1])
+    config.auxiliary_loss = False
+    assert not any("ddf" in name for name in host.losses(model, images(), labels())[1])
+    model.config.num_labels = 2
+    assert config.num_labels == 2
+    twin = copy.deepcopy(model)
+    config.num_labels = 5
+    assert (model.config.num_labels, model.model.config.num_labels, twin.config.num_labels) == (5, 5, 2)
+    assert unwrap_decoder(model).config is config
+
+
+def test_hosts_of_one_config_object_are_wrapped_one_by_one(host: Host) -> None:
     config = build(host).config
     first, second = type(build(host))(config), type(build(host))(config)
     wrap_decoder(first, host.config())
     assert not hasattr(config, "dfine_plugin")
-    wrap_decoder(second, host.config())
-    first.config.num_labels = 7
-    assert first.model.config.num_labels == 7
-    assert second.config.num_labels != 7
+    wrap_decoder(second, host.config(num_bins=16))
+    assert first.config.dfine_plugin["num_bins"] == 32
+    assert second.config.dfine_plugin["num_bins"] == 16
+    first.config.num_labels = 7  # as bare hosts of one config do
+    assert first.model.config.num_labels == second.config.num_labels == 7
 
 
 def test_bf16_autocast_keeps_boxes_in_float32(host: Host) -> None:
