@@ -1,6 +1,7 @@
 """What the adapters share, whatever the library: swapped modules, seeding, and the criterion that takes the union."""
 
 import copy
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,7 +36,9 @@ class Retired:
         modules: the box heads that the FDR head replaces, by their dotted names in the model.
         attributes: what was replaced as a whole (such as a ModuleList, or None where there was none), by dotted name.
         classes: the host's classes of modules that became another class, by their dotted names.
-        load_hook: what seeds the model from a baseline's state dict.
+        load_hook: what prepares a state dict, a baseline's for example, for being loaded.
+        outdated: whether the rest of the model has been loaded from a wrapped model's state dict, which has no such
+            heads, so that these belong to other weights.
         box_heads: what the host's layers after the first one reported boxes by; none where it does not refine.
     """
 
@@ -43,6 +46,7 @@ class Retired:
     attributes: dict[str, Any] = field(default_factory=dict)
     classes: dict[str, type[nn.Module]] = field(default_factory=dict)
     load_hook: Any = None
+    outdated: bool = False
     box_heads: list[nn.Module] = field(default_factory=list)
 
     def replace(self, model: Host, name: str, value: Any) -> None:
@@ -58,6 +62,15 @@ class Retired:
 
     def restore(self, model: Host, like: Tensor) -> None:
         """Put everything back. The retired heads follow a move of the model, to the device and dtype of ``like``."""
+        kept = {id(parameter) for parameter in model.parameters()}
+        foreign = [name for name, head in self.modules.items() if any(id(p) not in kept for p in head.parameters())]
+        if self.outdated and foreign:
+            warnings.warn(
+                f"the box heads that come back ({', '.join(foreign)}) do not belong to the wrapped checkpoint that was "
+                "loaded, which holds none: this host's boxes are of no use before these heads are trained, or loaded "
+                "from a baseline's state dict",
+                stacklevel=4,
+            )
         for module in self.modules.values():
             module.to(like).train(model.training)
         for name, value in self.attributes.items():
@@ -92,8 +105,16 @@ def sharing_copy(module: nn.Module) -> Any:
     return twin
 
 
+def complete_ties(state_dict: dict[str, Any], prefix: str, ties: Iterable[tuple[str, str]]) -> None:
+    """Before a state dict is loaded: where it has one of two names of one parameter, give it the other, in place."""
+    for first, second in ties:
+        for missing, present in ((first, second), (second, first)):
+            if prefix + present in state_dict:
+                state_dict.setdefault(prefix + missing, state_dict[prefix + present])
+
+
 def seed_from_baseline(
-    state_dict: dict[str, Any], prefix: str, model: Host, retired: Retired, head: str, ties: Iterable[tuple[str, str]]
+    state_dict: dict[str, Any], prefix: str, model: Host, retired: Retired | None, head: str
 ) -> None:
     """Before a state dict is loaded: if it is a baseline's, hand over what a strict load would stumble on.
 
@@ -104,21 +125,20 @@ def seed_from_baseline(
         state_dict: what is about to be loaded, changed in place.
         prefix: of all its keys.
         model: the wrapped model.
-        retired: its retired heads.
+        retired: its retired heads, None if it is deployed and takes no baseline.
         head: the dotted name of the FDR head in the model.
-        ties: pairs of names of one parameter; a state dict may have one of the two.
     """
+    if retired is None:
+        return
     marker = f"{prefix}{head}."
     if any(key.startswith(marker) for key in state_dict):
+        retired.outdated = True
         return
     for name, module in retired.modules.items():
         for key, parameter in module.state_dict(prefix=f"{prefix}{name}.").items():
             if key in state_dict:
                 parameter.copy_(state_dict.pop(key))
-    for first, second in ties:
-        for missing, present in ((first, second), (second, first)):
-            if prefix + present in state_dict:
-                state_dict.setdefault(prefix + missing, state_dict[prefix + present])
+                retired.outdated = False
     own = model.state_dict(prefix=prefix)
     state_dict.update({key: value for key, value in own.items() if key.startswith(marker)})
 

@@ -61,7 +61,7 @@ class DetrexCheckpoint:
         checkpoint = torch.load(self.weights, map_location="cpu")
         try:
             model.load_state_dict(checkpoint["model"])
-        except RuntimeError as error:
+        except RuntimeError as error:  # other settings of the FDR head among them
             raise ValueError(f"{self.weights} does not fit its config: {error}") from error
         if self.averaged:
             if "ema_state" not in checkpoint:

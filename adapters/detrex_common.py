@@ -7,8 +7,7 @@ very one that the host adds. The decoder's answer is detached, as refined refere
 reference with a gradient, whose gradient it cancels; so nothing leaks where a host looks forward twice.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
@@ -25,7 +24,15 @@ from dfine_plugin.boxes import at_least_float32
 from dfine_plugin.config import FDRConfig
 from dfine_plugin.errors import UnsupportedModelError, WrapStateError
 from dfine_plugin.head import FDRHead, Refinement
-from dfine_plugin.record import FDRRecord, close_scope, current_record, current_scope, in_scope, open_scope
+from dfine_plugin.record import (
+    FDRRecord,
+    close_scope,
+    closes_on_interrupt,
+    current_record,
+    current_scope,
+    in_scope,
+    open_scope,
+)
 from dfine_plugin.validation import check_targets
 from dfine_plugin.wrapping import binding_of
 
@@ -104,34 +111,32 @@ class RefiningDecoder(nn.Module):
         """``isig`` of the initial reference among the decoder's inputs, ``(B, Q, 4)``."""
         return four(inverse_sigmoid(inputs["reference_points"]))
 
+    @closes_on_interrupt
     def forward(self, *args, **kwargs):
-        with _scope():
-            scope = current_scope()
-            scope.progress = Progress(self.fdr, self.initial_reference_logits(**kwargs))
-            hidden_states, references = super().forward(*args, **kwargs)
-            scope.record, scope.progress = scope.progress.record, None
-            if not self.deployed:
-                return hidden_states, references
-            return self.last_level(scope.record, hidden_states, references)
+        if in_scope():
+            return self.run(*args, **kwargs)
+        # of the decoder's own, where the model's forward has opened none
+        open_scope()
+        try:
+            return self.run(*args, **kwargs)
+        finally:
+            close_scope()
+
+    def run(self, *args, **kwargs):
+        """The host's forward, within a scope."""
+        scope = current_scope()
+        scope.progress = Progress(self.fdr, self.initial_reference_logits(**kwargs))
+        hidden_states, references = super().forward(*args, **kwargs)
+        scope.record, scope.progress = scope.progress.record, None
+        if not self.deployed:
+            return hidden_states, references
+        return self.last_level(scope.record, hidden_states, references)
 
     def last_level(self, record: FDRRecord, hidden_states: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
         """What a deployed decoder returns: one level, for which the model adds the initial reference."""
         delta = logit(record.boxes[-1]) - record.reference_logits[0]
         channels = recomputed_boxes.with_channels(hidden_states[-1], delta, record.quality_logits)
         return channels[None], references[-1:]
-
-
-@contextmanager
-def _scope() -> Iterator[None]:
-    """A scope of the decoder's own where the model's forward has opened none."""
-    if in_scope():
-        yield
-        return
-    open_scope()
-    try:
-        yield
-    finally:
-        close_scope()
 
 
 def prediction_set(outputs: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -183,6 +188,7 @@ class GOLSDCriterion(common.UnionCriterion):
             return None
         return MatchingCost(matcher.cost_class, matcher.cost_bbox, matcher.cost_giou, matcher.alpha, matcher.gamma)
 
+    @closes_on_interrupt
     def forward(self, outputs, targets, *args):
         # what a call remembers goes with its copy: nothing is kept on the module
         return common.sharing_copy(self).losses_of(outputs, targets, *args)
@@ -317,7 +323,7 @@ class DetrexAdapter:
         retired.recast(model, "criterion", self.criterion_classes[type(criterion)])
         criterion.fdr_config = config
         retired.replace(model, "criterion.weight_dict", extended_weights(criterion.weight_dict, criterion, num_layers))
-        retired.load_hook = model.register_load_state_dict_pre_hook(_seed_from_baseline)
+        retired.load_hook = model.register_load_state_dict_pre_hook(_prepare_loading)
         return retired
 
     def attach_heads(self, model: Host, num_layers: int, retired: Retired) -> None:
@@ -416,11 +422,12 @@ def _relative_targets(instances: Any) -> dict[str, Tensor]:
     return {"gt_classes": instances.gt_classes, "gt_boxes": box_xyxy_to_cxcywh(corners)}
 
 
-def _seed_from_baseline(model: Host, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+def _prepare_loading(model: Host, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     binding = binding_of(model)
     assert binding is not None
     # a host without box refinement names its box head once, the wrapped one a second time for the decoder
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     ties = [(f"{DECODER}.{name}", name) for name in names if name.startswith("bbox_embed")]
     ties = [tie for tie in ties if tie[0] in names]
-    common.seed_from_baseline(state_dict, prefix, model, binding.retired, f"{DECODER}.fdr", ties)
+    common.complete_ties(state_dict, prefix, ties)
+    common.seed_from_baseline(state_dict, prefix, model, binding.retired, f"{DECODER}.fdr")

@@ -15,7 +15,7 @@ from dfine_plugin.assignment import MatchingCost
 from dfine_plugin.config import FDRConfig
 from dfine_plugin.errors import UnsupportedModelError
 from dfine_plugin.head import FDRHead, locate_initial_boxes
-from dfine_plugin.record import FDRRecord, current_record, leave_record
+from dfine_plugin.record import FDRRecord, closes_on_interrupt, current_record, leave_record
 from dfine_plugin.registry import register_adapter
 
 from . import common, recomputed_boxes
@@ -112,6 +112,7 @@ class DeformableDetrGOLSDLoss:
     def __init__(self, config: FDRConfig) -> None:
         self.config = config
 
+    @closes_on_interrupt
     def __call__(
         self,
         logits: Tensor,
@@ -124,6 +125,7 @@ class DeformableDetrGOLSDLoss:
         **_: Any,
     ) -> tuple[Tensor, dict[str, Tensor], list[dict[str, Tensor]] | None]:
         record = current_record()
+        labels = hf.with_boxes_in_rows(labels)
         layers = [hf.prediction_set(*layer) for layer in zip(outputs_class, outputs_coord, strict=True)]
         assert record.initial_logits is not None
         initial = hf.prediction_set(record.initial_logits, record.initial_boxes)

@@ -19,7 +19,7 @@ from dfine_plugin.boxes import aligned_iou, at_least_float32
 from dfine_plugin.config import FDRConfig
 from dfine_plugin.criterion import distribution_losses, flatten_pairs, mean_over_processes
 from dfine_plugin.head import FDRHead, locate_initial_boxes
-from dfine_plugin.record import FDRRecord, current_record, current_scope, leave_record
+from dfine_plugin.record import FDRRecord, closes_on_interrupt, current_record, current_scope, leave_record
 from dfine_plugin.registry import register_adapter
 
 from . import common
@@ -141,6 +141,7 @@ class RTDetrGOLSDLoss:
     def __init__(self, config: FDRConfig) -> None:
         self.config = config
 
+    @closes_on_interrupt
     def __call__(
         self,
         logits: Tensor,
@@ -156,6 +157,7 @@ class RTDetrGOLSDLoss:
         **_: Any,
     ) -> tuple[Tensor, dict[str, Tensor], list[dict[str, Tensor]] | None]:
         record = current_record()
+        labels = hf.with_boxes_in_rows(labels)
         num_layers = outputs_class.shape[1]
         num_denoising = denoising_meta_values["dn_num_split"][0] if denoising_meta_values is not None else 0
         denoising, queries = slice(0, num_denoising), slice(num_denoising, None)
@@ -245,6 +247,10 @@ class RTDetrAdapter(hf.TransformersAdapter):
 
     def deploy(self, model: common.Host) -> None:
         super().deploy(model)
-        class_heads = model.model.decoder.class_embed
-        for index in range(len(class_heads) - 1):
-            class_heads[index] = nn.Identity()
+        lists = [model.model.decoder.class_embed]
+        if hasattr(model, "class_embed"):  # RT-DETRv2 declares every head a second time
+            lists.append(model.class_embed)
+        for class_heads in lists:
+            for index in range(len(class_heads) - 1):
+                class_heads[index] = nn.Identity()
+        hf.retie(model)

@@ -13,7 +13,14 @@ if TYPE_CHECKING:
     from .calibration import calibrate
     from .checkpoints import load_pretrained
     from .config import FDRConfig
-    from .errors import DFinePluginError, InvalidTargetError, NonFiniteError, UnsupportedModelError, WrapStateError
+    from .errors import (
+        DFinePluginError,
+        InvalidTargetError,
+        NonFiniteError,
+        SettingsMismatchError,
+        UnsupportedModelError,
+        WrapStateError,
+    )
     from .head import FDRHead
     from .losses import ddf_loss, fgl_loss
     from .matching import GOLSDMatcher, union_matching
@@ -35,6 +42,7 @@ __all__ = [
     "GOLSDMatcher",
     "InvalidTargetError",
     "NonFiniteError",
+    "SettingsMismatchError",
     "UnsupportedModelError",
     "WrapStateError",
     "calibrate",

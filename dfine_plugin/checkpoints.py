@@ -49,24 +49,29 @@ class Checkpoint(Protocol):
 
 
 def load_pretrained(path: str | Path, **kwargs: Any) -> nn.Module:
-    """Load what ``save_pretrained`` of a wrapped transformers model wrote: wrapped with the same settings, bit for bit.
+    """Load what ``save_pretrained`` of a wrapped transformers model wrote: with the same settings, bit for bit.
+
+    Every other way to open such a folder (the host's ``from_pretrained``, an Auto class, ``pipeline``) would drop the
+    FDR head, and raises an error that points here.
 
     Args:
-        path: the folder.
-        kwargs: for the host's ``from_pretrained``, such as ``dtype``.
+        path: the folder, or the name of a repository on the hub.
+        kwargs: for the host's ``from_pretrained``, such as ``dtype``, ``variant`` or ``revision``.
 
     Returns:
-        The wrapped model, in evaluation mode.
+        The model, of the class that was saved (of one's own subclass of a host, too, once its module is imported),
+        wrapped and in evaluation mode; deployed, if it was when it was saved. Unwrapped, it has box heads that are to
+        be trained: the folder holds none of those that wrapping retired.
 
     Raises:
-        ValueError: the folder holds no wrapped model, or not all of its weights.
+        ValueError: there is no wrapped model, not all of its weights, or nothing that defines its class.
         ImportError: transformers is not installed; names the extra.
     """
     try:
-        from .adapters import transformers_common
+        from .adapters import transformers_saving
     except ImportError as error:
         raise ImportError(f"load_pretrained: {error}; pip install 'dfine-plugin[transformers]'") from error
-    return transformers_common.load_pretrained(path, **kwargs)
+    return transformers_saving.load_pretrained(path, **kwargs)
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 VERSION = 1
 
+WEIGHTINGS = ("nonuniform", "uniform")
+"""The choices for W."""
+
 
 @dataclass(frozen=True)
 class FDRConfig:
@@ -60,8 +63,8 @@ class FDRConfig:
 
     def __post_init__(self) -> None:
         check_bins(self.num_bins, self.a, self.c)
-        if self.weighting not in ("nonuniform", "uniform"):
-            raise ValueError(f"weighting must be 'nonuniform' or 'uniform', got {self.weighting!r}")
+        if self.weighting not in WEIGHTINGS:
+            raise ValueError(f"weighting must be {' or '.join(map(repr, WEIGHTINGS))}, got {self.weighting!r}")
         if self.trainable not in ("all", "head"):
             raise ValueError(f"trainable must be 'all' or 'head', got {self.trainable!r}")
         check_number("temperature", self.temperature, above=0)

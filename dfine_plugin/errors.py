@@ -13,6 +13,10 @@ class WrapStateError(DFinePluginError, RuntimeError):
     """The model is wrapped where it must not be, or not wrapped where it must be."""
 
 
+class SettingsMismatchError(DFinePluginError, RuntimeError):
+    """A state dict whose weights mean other boxes under the model's settings."""
+
+
 class InvalidTargetError(DFinePluginError, ValueError):
     """A ground truth that no loss can use: a label out of range, a box in pixels, a box of no area."""
 

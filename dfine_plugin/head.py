@@ -7,10 +7,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .boxes import at_least_float32, inverse_sigmoid, move_edges
-from .config import FDRConfig
+from .config import WEIGHTINGS, FDRConfig
+from .errors import SettingsMismatchError
 
 QUALITY_TOP_K = 4
 """How many of an edge's highest probabilities, besides their mean, the location quality is estimated from."""
+
+
+STORED_SETTINGS = ("num_bins", "a", "c", "weighting", "residual_scale", "lqe")
+"""The settings that change what the weights of a head mean, in the order in which its state dict holds them."""
 
 
 def locate_initial_boxes(delta: Tensor, reference: Tensor) -> Tensor:
@@ -84,6 +89,9 @@ class FDRHead(nn.Module):
     the initial box with its edges moved by the expectations of ``softmax(z_l)`` under W (:func:`decode_boxes`). A fresh
     head predicts zero logits, hence the initial boxes.
 
+    Its state dict carries, as a small tensor, the settings that its weights mean nothing without; loading one of other
+    settings raises :class:`SettingsMismatchError`. State dicts of version 0.1.0 have none and load unchecked.
+
     Args:
         hidden_dim: C, the width of the decoder.
         num_layers: L.
@@ -136,7 +144,7 @@ class FDRHead(nn.Module):
             return None
         peaks = probabilities.topk(QUALITY_TOP_K, dim=-1).values
         shape = torch.cat([peaks, peaks.mean(-1, keepdim=True)], dim=-1).flatten(-2)
-        return mlp(shape.to(next(mlp.parameters()).dtype))
+        return mlp(shape.to(next(mlp.parameters(), shape).dtype))
 
     def deploy(self) -> None:
         """Drop what only training uses: the quality estimates of all layers but the last, and the residuals' scale,
@@ -150,9 +158,50 @@ class FDRHead(nn.Module):
                     parameter.mul_(self.residual_scale)
         self.residual_scale = 1.0
 
+    def get_extra_state(self) -> Tensor:
+        """What the weights have to be read with: the values of :data:`STORED_SETTINGS`, float64.
+
+        A tensor, for safetensors holds nothing else; of its own, no buffer, for no average over models and no cast to
+        half precision may touch it.
+        """
+        values = {**self.config.to_dict(), "residual_scale": self.residual_scale}
+        values["weighting"] = WEIGHTINGS.index(self.config.weighting)
+        return torch.tensor([float(values[name]) for name in STORED_SETTINGS], dtype=torch.float64, device="cpu")
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Compare with the settings in a state dict.
+
+        Raises:
+            SettingsMismatchError: names those that differ.
+        """
+        own = self.get_extra_state()
+        # state dicts get cast and averaged in many ways
+        rounding = max(torch.finfo(state.dtype).eps, 1e-6)
+        differing = [
+            f"{name} {_said(name, there)} (this model: {_said(name, here)})"
+            for name, there, here in zip(STORED_SETTINGS, state.tolist(), own.tolist(), strict=True)
+            if abs(there - here) > rounding * abs(here)
+        ]
+        if differing:
+            raise SettingsMismatchError(
+                f"the state dict's weights come from an FDR head with {', '.join(differing)}, and would give other "
+                "boxes here; wrap the model with those settings"
+            )
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        # absent in version 0.1.0, whose state dicts load strictly, too
+        state_dict.setdefault(f"{prefix}_extra_state", self.get_extra_state())
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def _apply(self, fn, recurse=True):
         # W decides where boxes lie to a fraction of a pixel: it follows the device, never a cast to half precision
         super()._apply(fn, recurse)
         if self.weights.device.type != "meta":
             self.weights = self.config.bin_values().to(self.weights.device)
         return self
+
+
+def _said(name: str, value: float) -> str:
+    """A stored setting as :class:`FDRConfig` takes it."""
+    kind = type(getattr(FDRConfig(), name))
+    return repr(WEIGHTINGS[round(value)] if kind is str else kind(value))

@@ -3,12 +3,21 @@
 A scope is opened when the model's forward begins and closed when it ends, by return or by exception. Between the two
 the decoder leaves its record there and the loss picks it up. Scopes are per thread and nest, nothing is kept on a
 module, so copies, pickles and state dicts never see a record.
+
+An interrupt (Ctrl-C) is no ``Exception``: torch calls no hook at the end of a forward that it ends. The loss, which
+holds the record with its graph, closes the scope itself (:func:`closes_on_interrupt`); elsewhere a scope is known to be
+abandoned as soon as something asks from a frame so far out that the one which opened it must have ended.
 """
 
+import functools
+import sys
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from types import FrameType
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 
@@ -58,9 +67,11 @@ class Scope:
         progress: what the modules of a decoder at work hand to one another, for the adapter to define.
         idle: parameters that this batch leaves without a gradient, and DistributedDataParallel waiting for one; the
             loss takes them in with weight zero.
+        depth: of the frame that the forward runs in, on its thread's stack.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, depth: int) -> None:
+        self.depth = depth
         self.record: FDRRecord | None = None
         self.progress: Any = None
         self.idle: list[Tensor] = []
@@ -74,9 +85,29 @@ class _Scopes(threading.local):
 _scopes = _Scopes()
 
 
-def open_scope() -> Scope:
-    """Begin a forward on this thread."""
-    scope = Scope()
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def _depth(frame: FrameType | None) -> int:
+    depth = 0
+    while frame is not None:
+        depth, frame = depth + 1, frame.f_back
+    return depth
+
+
+def _drop_abandoned(deepest: int) -> None:
+    """Drop the innermost scopes that frames deeper than this one have opened, for these have ended."""
+    while _scopes.stack and _scopes.stack[-1].depth > deepest:
+        _scopes.stack.pop()
+
+
+def open_scope(frames_up: int = 0) -> Scope:
+    """Begin a forward on this thread, in the frame of the caller or that of a caller so many frames up."""
+    depth = 0  # where torch.compile looks on, there are no frames to be seen: never taken for abandoned
+    if not torch.compiler.is_compiling():
+        depth = _depth(sys._getframe(1 + frames_up))
+        _drop_abandoned(depth - 1)
+    scope = Scope(depth)
     _scopes.stack.append(scope)
     return scope
 
@@ -86,8 +117,27 @@ def close_scope() -> None:
     _scopes.stack.pop()
 
 
+def closes_on_interrupt(function: Function) -> Function:
+    """Decorator of a part of a forward: what is no ``Exception`` and ends it closes the innermost scope."""
+
+    @functools.wraps(function)
+    def closing(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except Exception:
+            raise
+        except BaseException:
+            if _scopes.stack:
+                close_scope()
+            raise
+
+    return closing  # type: ignore[return-value]
+
+
 def in_scope() -> bool:
     """Whether a wrapped model's forward is running on this thread."""
+    if _scopes.stack and not torch.compiler.is_compiling():
+        _drop_abandoned(_depth(sys._getframe(1)))
     return bool(_scopes.stack)
 
 
@@ -98,7 +148,10 @@ def current_scope() -> Scope:
         RuntimeError: outside of a wrapped model's forward.
     """
     if not in_scope():
-        raise RuntimeError("the loss of a wrapped model runs within that model's forward only")
+        raise RuntimeError(
+            "the loss of a wrapped model runs within that model's forward only, and so do the heads that look up its "
+            "record: call the model itself, model(...), for model.forward(...) runs no hooks"
+        )
     return _scopes.stack[-1]
 
 

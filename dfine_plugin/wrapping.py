@@ -186,7 +186,7 @@ def _freeze_host(model: nn.Module, adapter: Adapter) -> list[str]:
 
 def _begin_forward(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     # First of all hooks, and the scope before the checks: _end_forward runs, and closes it, whatever raises after this.
-    open_scope()
+    open_scope(frames_up=1)
     binding = binding_of(model)
     assert binding is not None
     if binding.config.trainable == "head":

@@ -1,6 +1,8 @@
 """What comes in wrong is named, and leaves nothing behind."""
 
+import gc
 import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,12 @@ from dfine_plugin import (
     InvalidTargetError,
     NonFiniteError,
     UnsupportedModelError,
+    record,
     register_adapter,
     validation,
     wrap_decoder,
 )
+from dfine_plugin.adapters import common
 from dfine_plugin.record import current_scope
 
 from .hosts import Host, build, images, labels
@@ -106,6 +110,28 @@ def test_positional_labels_are_checked_too(transformers_host: Host) -> None:
         model(images(), *[None] * (count - 2), targets)
 
 
+def test_empty_boxes_of_any_shape_are_no_boxes(transformers_host: Host) -> None:
+    host = transformers_host
+    model = wrapped(host).train()
+    losses = []
+    for empty in (torch.zeros(0, 4), torch.zeros(0)):
+        targets = labels((0, 3))
+        targets[0]["boxes"] = empty
+        given = dict(targets[0])
+        torch.manual_seed(0)
+        losses.append(host.losses(model, images(), targets)[1])
+        assert targets[0].keys() == given.keys()
+        assert targets[0]["boxes"] is given["boxes"]
+    assert losses[0].keys() == losses[1].keys()
+    assert all(torch.equal(losses[0][name], losses[1][name]) for name in losses[0])
+
+
+def test_forward_called_directly_says_to_call_the_model(transformers_host: Host) -> None:
+    model = wrapped(transformers_host)
+    with pytest.raises(RuntimeError, match=r"call the model itself, model\(\.\.\.\)"):
+        model.forward(images(), labels=labels())
+
+
 @pytest.mark.parametrize("part", ["boxes", "logits"])
 def test_non_finite_predictions_are_named_by_layer(host: Host, part: str) -> None:
     model = wrapped(host).train()
@@ -132,6 +158,58 @@ def test_nothing_is_left_after_an_exception(host: Host) -> None:
     host.loss(model, images(), labels())
     with pytest.raises(RuntimeError, match="within that model's forward"):
         current_scope()
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder", "class head", "loss"])
+def test_nothing_is_left_after_an_interrupt(host: Host, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = wrapped(host).train()
+    decoder = model.get_submodule(host.decoder)
+    heads = (decoder if host.name.startswith("rt-detr") else model).class_embed
+    records: list[weakref.ref] = []
+
+    def interrupt(*_: Any, **__: Any) -> None:
+        if part == "loss":
+            records.append(weakref.ref(record.current_record()))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        if part == "loss":
+            patch.setattr(common.UnionCriterion, "match", interrupt)
+        else:
+            interrupted = {
+                "encoder": model.get_submodule(host.decoder.replace("decoder", "encoder")),
+                "decoder": decoder.layers[1],
+                "class head": heads[1] if isinstance(heads, nn.ModuleList) else heads,
+            }
+            patch.setattr(interrupted[part], "forward", interrupt)
+        for _ in range(3):
+            with pytest.raises(KeyboardInterrupt):
+                host.loss(model, images(), labels())
+            assert len(record._scopes.stack) <= 1
+    gc.collect()
+    if part == "loss":
+        assert [left() for left in records] == [None] * 3
+    with pytest.raises(RuntimeError, match="within that model's forward"):
+        current_scope()
+    assert not record._scopes.stack
+    assert torch.isfinite(host.loss(model, images(), labels()))
+
+
+def test_a_forward_within_a_forward_keeps_its_own_record(host: Host) -> None:
+    outer, inner = wrapped(host), build(host, seed=5)
+    wrap_decoder(inner, host.config())
+    seen: list[bool] = []
+
+    def look_twice(*_: Any) -> None:
+        before = record.current_scope()
+        with torch.no_grad():
+            host.predict(inner, images())
+        seen.append(record.current_scope() is before)
+
+    outer.get_submodule(host.decoder).layers[1].register_forward_hook(look_twice)
+    with torch.no_grad():
+        host.predict(outer, images())
+    assert seen == [True]
 
 
 def test_a_model_nobody_knows() -> None:

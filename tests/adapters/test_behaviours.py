@@ -4,13 +4,15 @@ import copy
 import pickle
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.ao.quantization import quantize_dynamic
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from dfine_plugin import WrapStateError, deploy, is_wrapped, unwrap_decoder, wrap_decoder
+from dfine_plugin import SettingsMismatchError, WrapStateError, deploy, is_wrapped, unwrap_decoder, wrap_decoder
 
 from .hosts import (
     Host,
@@ -226,6 +228,52 @@ def test_a_state_dict_loads_bit_for_bit(host: Host, tmp_path: Path) -> None:
     assert_equal(host, model, other)
 
 
+OTHER_SETTINGS = [
+    ({"residual_scale": 8.0}, r"residual_scale 1\.0 \(this model: 8\.0\)"),
+    (
+        {"a": 0.3, "weighting": "uniform"},
+        r"a 0\.5 \(this model: 0\.3\), weighting 'nonuniform' \(this model: 'uniform'\)",
+    ),
+    ({"c": 0.2}, r"c 0\.25 \(this model: 0\.2\)"),
+    ({"num_bins": 16}, r"num_bins 32 \(this model: 16\)"),
+    ({"lqe": False}, r"lqe True \(this model: False\)"),
+]
+
+
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", "not-strict"])
+def test_a_state_dict_of_other_settings_is_refused_by_name(host: Host, strict: bool) -> None:
+    weights = wrapped(host).state_dict()
+    for settings, message in OTHER_SETTINGS:
+        other = wrap_decoder(build(host), host.config(**settings))
+        with pytest.raises(SettingsMismatchError, match=message):
+            other.load_state_dict(weights, strict=strict)
+    wrap_decoder(build(host), host.config(temperature=3.0, union=False)).load_state_dict(weights)
+
+
+def test_deployed_and_wrapped_state_dicts_are_not_mistaken_for_one_another(host: Host) -> None:
+    def scaled() -> nn.Module:
+        return wrap_decoder(build(host), host.config(residual_scale=8.0))
+
+    deployed = deploy(scaled())
+    with pytest.raises(SettingsMismatchError, match=r"residual_scale 8\.0 \(this model: 1\.0\)"):
+        deployed.load_state_dict(scaled().state_dict(), strict=False)
+    with pytest.raises(SettingsMismatchError, match=r"residual_scale 1\.0 \(this model: 8\.0\)"):
+        scaled().load_state_dict(deployed.state_dict(), strict=False)
+    other = deploy(scaled())
+    randomise_fdr(host, other)
+    other.load_state_dict(deployed.state_dict())
+    assert_equal(host, deployed, other)
+
+
+def test_a_state_dict_of_version_0_1_0_loads(host: Host) -> None:
+    model = wrapped(host)
+    weights = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith("_extra_state")}
+    assert len(weights) == len(model.state_dict()) - 1
+    other = wrap_decoder(build(host, seed=9), host.config())
+    other.load_state_dict(weights)
+    assert_equal(host, model, other)
+
+
 def test_a_baseline_state_dict_seeds_a_wrapped_model(host: Host) -> None:
     baseline = build(host)
     expected = wrap_decoder(copy.deepcopy(baseline), host.config())
@@ -273,6 +321,25 @@ def test_deploy_changes_no_output(host: Host) -> None:
         unwrap_decoder(model)
     with pytest.raises(WrapStateError, match="deployed already"):
         deploy(model)
+
+
+@pytest.mark.parametrize("change", [lambda model: model, deploy], ids=["wrapped", "deployed"])
+def test_dynamic_quantization_runs(host: Host, change: Any) -> None:
+    model = change(wrapped(host))
+    try:
+        predict(host, quantize_dynamic(build(host), {nn.Linear}))
+    except (RuntimeError, AttributeError, TypeError) as error:
+        pytest.skip(f"the bare host cannot: {error}")
+    quantized = quantize_dynamic(model, {nn.Linear})
+    first = host.fdr(quantized).refine[0][0]
+    assert not isinstance(first, nn.Linear)
+    hidden = torch.randn(2, 12, first.in_features)
+    state, wanted = (host.fdr(m)(0, hidden, host.fdr(m).start(torch.full((2, 12, 4), 0.5))) for m in (quantized, model))
+    torch.testing.assert_close(state.boxes, wanted.boxes, atol=0.02, rtol=0)
+    last = len(host.fdr(model).quality) - 1
+    found, expected = (host.fdr(m).quality_logits(last, wanted.probabilities) for m in (quantized, model))
+    torch.testing.assert_close(found, expected, atol=0.05, rtol=0)
+    assert all(tensor.isfinite().all() for tensor in predict(host, quantized))
 
 
 def test_the_plugin_adds_few_parameters_and_no_persistent_buffer(host: Host) -> None:

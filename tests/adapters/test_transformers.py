@@ -1,15 +1,14 @@
-"""What only the hosts of transformers have: outputs, save_pretrained, ties, configs; and their numerics."""
+"""What only the hosts of transformers have: outputs, ties, configs; and their numerics."""
 
 import copy
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from dfine_plugin import UnsupportedModelError, is_wrapped, load_pretrained, unwrap_decoder, wrap_decoder
+from dfine_plugin import unwrap_decoder, wrap_decoder
 
-from .hosts import Host, assert_equal, build, images, labels, predict, randomise_fdr, train_step, wrapped
+from .hosts import Host, build, images, labels, predict, randomise_fdr, wrapped
 
 
 @pytest.fixture
@@ -55,32 +54,6 @@ def test_outputs_have_the_hosts_fields_and_shapes(host: Host) -> None:
     assert isinstance(model(images(), return_dict=False), tuple)
 
 
-def test_save_pretrained_and_load(host: Host, tmp_path: Path) -> None:
-    model = wrapped(host)
-    train_step(host, model)
-    model.save_pretrained(tmp_path / "one")
-    loaded = load_pretrained(tmp_path / "one")
-    assert type(loaded) is type(model)
-    assert_equal(host, model, loaded)
-    assert loaded.state_dict().keys() == model.state_dict().keys()
-    model.save_pretrained(tmp_path / "shards", max_shard_size="50KB")
-    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
-    assert_equal(host, model, load_pretrained(tmp_path / "shards"))
-    assert train_step(host, model) == train_step(host, loaded)
-    assert is_wrapped(loaded)
-    unwrap_decoder(loaded)
-
-
-def test_the_hosts_own_from_pretrained_cannot_pass_for_a_wrapped_model(host: Host, tmp_path: Path) -> None:
-    wrapped(host).save_pretrained(tmp_path)
-    bare = type(build(host)).from_pretrained(tmp_path)
-    with pytest.raises(UnsupportedModelError, match="load_pretrained"):
-        wrap_decoder(bare, host.config())
-    build(host).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="no wrapped model"):
-        load_pretrained(tmp_path)
-
-
 def test_ties_survive_wrapping(host: Host) -> None:
     model = wrapped(host)
     expected = predict(host, model)
@@ -88,15 +61,31 @@ def test_ties_survive_wrapping(host: Host) -> None:
     assert all(torch.equal(a, b) for a, b in zip(predict(host, model), expected, strict=True))
 
 
-def test_hosts_of_one_config_object_stay_apart(host: Host) -> None:
+def test_a_config_keeps_its_effect_after_wrapping(host: Host) -> None:
+    model = build(host)
+    config = model.config
+    wrap_decoder(model, host.config()).train()
+    assert any("ddf" in name for name in host.losses(model, images(), labels())[1])
+    config.auxiliary_loss = False
+    assert not any("ddf" in name for name in host.losses(model, images(), labels())[1])
+    model.config.num_labels = 2
+    assert config.num_labels == 2
+    twin = copy.deepcopy(model)
+    config.num_labels = 5
+    assert (model.config.num_labels, model.model.config.num_labels, twin.config.num_labels) == (5, 5, 2)
+    assert unwrap_decoder(model).config is config
+
+
+def test_hosts_of_one_config_object_are_wrapped_one_by_one(host: Host) -> None:
     config = build(host).config
     first, second = type(build(host))(config), type(build(host))(config)
     wrap_decoder(first, host.config())
     assert not hasattr(config, "dfine_plugin")
-    wrap_decoder(second, host.config())
-    first.config.num_labels = 7
-    assert first.model.config.num_labels == 7
-    assert second.config.num_labels != 7
+    wrap_decoder(second, host.config(num_bins=16))
+    assert first.config.dfine_plugin["num_bins"] == 32
+    assert second.config.dfine_plugin["num_bins"] == 16
+    first.config.num_labels = 7  # as bare hosts of one config do
+    assert first.model.config.num_labels == second.config.num_labels == 7
 
 
 def test_bf16_autocast_keeps_boxes_in_float32(host: Host) -> None:

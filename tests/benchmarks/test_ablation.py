@@ -19,8 +19,7 @@ from transformers import AutoImageProcessor
 from typer import Typer
 from typer.testing import CliRunner
 
-from dfine_plugin import FDRConfig
-from dfine_plugin.adapters.transformers_common import load_pretrained
+from dfine_plugin import FDRConfig, load_pretrained
 from dfine_plugin.benchmarks import ablation
 from dfine_plugin.benchmarks.ablation import main
 from dfine_plugin.benchmarks.detection_data import normalise

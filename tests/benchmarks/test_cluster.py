@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from dfine_plugin.adapters.transformers_common import load_pretrained
+from dfine_plugin import load_pretrained
 from dfine_plugin.benchmarks.report import markdown
 from dfine_plugin.benchmarks.runs import Result, RunSettings
 from dfine_plugin.benchmarks.scheduling import Cluster, run_all

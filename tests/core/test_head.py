@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import io
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
-from dfine_plugin import FDRConfig, FDRHead
+from dfine_plugin import FDRConfig, FDRHead, SettingsMismatchError
 
 from . import reference
 from .drawing import random, random_boxes
@@ -227,7 +230,61 @@ def test_weights_are_a_buffer_outside_the_checkpoint() -> None:
     """W follows the module's device but not its state dict."""
     head = make_head()
     assert "weights" in dict(head.named_buffers())
-    assert head.state_dict().keys() == dict(head.named_parameters()).keys()
+    assert head.state_dict().keys() == dict(head.named_parameters()).keys() | {"_extra_state"}
+
+
+STORED = torch.tensor([8, 0.3, 0.2, 1, 8.1, 1], dtype=torch.float64)
+
+
+def stored_head(seed: int = 0) -> FDRHead:
+    return make_head(seed, a=0.3, c=0.2, weighting="uniform", residual_scale=8.1)
+
+
+@pytest.mark.parametrize("change", [FDRHead.half, FDRHead.double, lambda head: head.to("meta"), copy.deepcopy], ids=str)
+def test_settings_in_the_state_dict_survive_what_befalls_a_head(change: Any) -> None:
+    """Casts, moves and copies leave them as they are, and every copy loads into the head it came from."""
+    weights = change(stored_head()).state_dict()
+    assert torch.equal(weights["_extra_state"], STORED)
+    if not weights["refine.0.0.weight"].is_meta:
+        stored_head().load_state_dict(weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_settings_survive_a_cast_state_dict(dtype: torch.dtype) -> None:
+    """Rounding is no other setting, but for another setting that a dtype can tell."""
+    weights = {name: tensor.to(dtype) for name, tensor in stored_head().state_dict().items()}
+    stored_head().load_state_dict(weights)
+    with pytest.raises(SettingsMismatchError, match=r"a 0\.3\d* \(this model: 0\.31\)"):
+        make_head(a=0.31, c=0.2, weighting="uniform", residual_scale=8.1).load_state_dict(weights)
+
+
+def test_settings_survive_an_average_of_state_dicts() -> None:
+    """As training scripts average them by hand, over many steps."""
+    average = stored_head().state_dict()
+    latest = stored_head(seed=1).state_dict()
+    for _ in range(1000):
+        for name, tensor in average.items():
+            tensor.mul_(0.999).add_(0.001 * latest[name])
+    stored_head(seed=2).load_state_dict(average)
+
+
+def test_settings_survive_safetensors(tmp_path: Path) -> None:
+    """Which holds nothing but tensors."""
+    save_file(stored_head().state_dict(), tmp_path / "head.safetensors")
+    stored_head(seed=1).load_state_dict(load_file(tmp_path / "head.safetensors"))
+    with pytest.raises(SettingsMismatchError, match=r"residual_scale 8\.1 \(this model: 1\.0\)"):
+        make_head(a=0.3, c=0.2, weighting="uniform").load_state_dict(load_file(tmp_path / "head.safetensors"))
+
+
+def test_settings_survive_distributed_checkpoints() -> None:
+    """torch.distributed.checkpoint, which FSDP saves with, walks the model for every key."""
+    weights = get_model_state_dict(stored_head())
+    assert torch.equal(weights["_extra_state"], STORED)
+    other = stored_head(seed=1)
+    set_model_state_dict(other, weights)
+    assert torch.equal(other.refine[0][0].weight, stored_head().refine[0][0].weight)
+    with pytest.raises(SettingsMismatchError):
+        set_model_state_dict(make_head(), weights)
 
 
 def test_state_dict_round_trip() -> None:

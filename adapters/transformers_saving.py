@@ -1,0 +1,174 @@
+"""Folders of wrapped transformers models: what tells them from a host's, and how they are read.
+
+A host's ``from_pretrained`` would drop the FDR head of such a folder, initialise the retired box heads anew, and give
+boxes that look right. So its ``config.json`` names a file of weights that does not exist, which is where every loader
+but :func:`load_pretrained` stops: the host's class, the Auto classes, pipelines, with the plugin imported or without.
+The weights themselves keep the name that transformers gives them, for its Trainer resumes from them.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import transformers
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils.hub import get_checkpoint_shard_files
+
+from dfine_plugin.config import FDRConfig
+from dfine_plugin.wrapping import deploy, wrap_decoder
+
+from .common import Host
+
+SETTINGS = "dfine_plugin"
+"""The attribute of a wrapped model's transformers config that carries the FDRConfig into config.json and back."""
+
+DEPLOYED = "deployed"
+"""The key beside the FDRConfig's settings that says that a model was deployed before it was saved."""
+
+NO_FILE = "load_this_with_dfine_plugin.load_pretrained.safetensors"
+"""The weights that ``config.json`` names: nobody finds the file, and the error shows its name."""
+
+_WEIGHTS = "transformers_weights"
+"""transformers' key of ``config.json`` for a file of weights of another name than its own."""
+
+_HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+"""Arguments of ``from_pretrained`` that say where files are, on a hub or on a disk."""
+
+
+class WrappedConfig:
+    """Mixin before a host's config class: a view of the host's config, whose values it shares, for a wrapped model.
+
+    What either is given the other has, so that a config which a user holds, or several models share, keeps its effect;
+    but only the view has settings, and writes a ``config.json`` for :func:`load_pretrained` alone.
+    """
+
+    __slots__ = (SETTINGS, "host")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The host's, the settings, and what stops other loaders."""
+        return {**super().to_dict(), SETTINGS: getattr(self, SETTINGS), _WEIGHTS: NO_FILE}  # type: ignore[misc]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _view, (self.host, getattr(self, SETTINGS))  # type: ignore[attr-defined]
+
+
+_view_classes: dict[type, Any] = {}
+
+
+def _view(host: PretrainedConfig, settings: dict[str, Any]) -> PretrainedConfig:
+    """A :class:`WrappedConfig` of a host's config."""
+    cls = type(host)
+    if cls not in _view_classes:
+        _view_classes[cls] = type(cls.__name__, (WrappedConfig, cls), {"__module__": cls.__module__})
+    view = _view_classes[cls].__new__(_view_classes[cls])
+    object.__setattr__(view, "__dict__", host.__dict__)
+    view.host = host
+    setattr(view, SETTINGS, settings)
+    return view
+
+
+def note_settings(model: Host, config: FDRConfig) -> None:
+    """Note the settings in the model's config, in a view of it, for hosts can share one config."""
+    _replace_config(model, _view(model.config, config.to_dict()))
+
+
+def note_deployment(model: Host) -> None:
+    """Note that the model is a deployed one."""
+    setattr(model.config, SETTINGS, {**getattr(model.config, SETTINGS), DEPLOYED: True})
+
+
+def forget_settings(model: Host) -> None:
+    """Undo :func:`note_settings`."""
+    _replace_config(model, model.config.host)
+
+
+def _replace_config(model: Host, new: PretrainedConfig) -> None:
+    former = model.config
+    for module in model.modules():
+        if getattr(module, "config", None) is former:
+            module.config = new
+
+
+def rename_saved(model: Host, state_dict: dict[str, Any], prefix: str) -> None:
+    """Give what ``save_pretrained`` wrote the names of the model's own state dict, in place.
+
+    transformers writes some weights under the names that they had in earlier releases, and takes them back in
+    ``from_pretrained`` only: ``load_state_dict``, and with it the Trainer's resuming, would leave them as they are.
+    """
+    own = model.state_dict(prefix=prefix).keys()
+    strange = [key for key in state_dict if key.startswith(prefix) and key not in own]
+    if not strange:
+        return
+    renamings = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
+    for key in strange:
+        name = key.removeprefix(prefix)
+        for rule in renamings:
+            name, _ = rule.rename_source_key(name)
+        if prefix + name in own:
+            state_dict.setdefault(prefix + name, state_dict.pop(key))
+
+
+def load_pretrained(path: str | Path, **kwargs: Any) -> Host:
+    """See :func:`dfine_plugin.load_pretrained`."""
+    hub = {name: kwargs[name] for name in _HUB if name in kwargs}
+    config = AutoConfig.from_pretrained(path, **hub)
+    settings = getattr(config, SETTINGS, None)
+    if settings is None:
+        raise ValueError(f"{path} holds no wrapped model: its config.json has no {SETTINGS!r}")
+    host_class = _host_class(config.architectures[0], path)
+    deployed = settings.pop(DEPLOYED, False)
+    delattr(config, SETTINGS)
+    config.__dict__.pop(_WEIGHTS, None)  # folders of version 0.1.0 lack it
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # it would warn of the FDR head's weights, which come next
+    try:
+        model = host_class.from_pretrained(path, config=config, **kwargs)
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+    wrap_decoder(model, FDRConfig.from_dict(settings))
+    if deployed:
+        deploy(model)
+    found = model.load_state_dict(_read_weights(path, kwargs.get("variant"), hub), strict=False)
+    if found.missing_keys or found.unexpected_keys:
+        wrong = {
+            "lacks weights of the wrapped model": found.missing_keys,
+            "has weights that the wrapped model has not": found.unexpected_keys,
+        }
+        raise ValueError(f"{path} " + "; ".join(f"{what}: {', '.join(keys)}" for what, keys in wrong.items() if keys))
+    return model.eval()
+
+
+def _host_class(name: str, path: str | Path) -> type[PreTrainedModel]:
+    """transformers' class of this name, or the latest of that name which the user's own code has defined."""
+    if hasattr(transformers, name):
+        return getattr(transformers, name)
+    waiting: list[type[PreTrainedModel]] = [PreTrainedModel]
+    found = []
+    while waiting:
+        cls = waiting.pop()
+        waiting += cls.__subclasses__()
+        found += [cls] if cls.__name__ == name else []
+    if not found:
+        raise ValueError(f"{path} holds a {name}, which is no class of transformers': import its module first")
+    return found[-1]
+
+
+def _read_weights(path: str | Path, variant: str | None, hub: dict[str, Any]) -> dict[str, Tensor]:
+    """All tensors of a folder or of a repository on the hub, from one file or from shards, under the names there."""
+
+    def locate(name: str) -> str | None:
+        if variant is not None:
+            stem, _, suffix = name.rpartition(".")
+            name = f"{stem}.{variant}.{suffix}"
+        return cached_file(path, name, _raise_exceptions_for_missing_entries=False, **hub)
+
+    single = locate(SAFE_WEIGHTS_NAME)
+    if single is not None:
+        return load_file(single)
+    index = locate(SAFE_WEIGHTS_INDEX_NAME)
+    shards, _ = get_checkpoint_shard_files(path, index, **hub)
+    return {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
