@@ -27,7 +27,8 @@ def check_targets(
     A box that reaches beyond its image is warned of, once a process: losses can use it.
 
     Args:
-        targets: for each image a mapping with labels ``(n,)`` int and boxes ``(n, 4)`` cxcywh in image sides.
+        targets: for each image a mapping with labels ``(n,)`` int and boxes ``(n, 4)`` cxcywh in image sides; ``(0,)``
+            where there are none.
         num_classes: labels lie in ``[0, num_classes)``.
         labels_key, boxes_key: the host's keys of the two.
         num_images: as many targets there must be.
@@ -39,7 +40,7 @@ def check_targets(
     if not targets:
         return
     labels = torch.cat([target[labels_key] for target in targets])
-    boxes = torch.cat([target[boxes_key] for target in targets])
+    boxes = torch.cat([target[boxes_key].reshape(-1, 4) for target in targets])
     wrong_label = (labels < 0) | (labels >= num_classes)
     wrong_box = ~boxes.isfinite().all(-1) | (boxes[:, 2:] <= 0).any(-1) | (boxes.abs() > LARGEST_COORDINATE).any(-1)
     is_wrong, is_beyond = torch.stack([(wrong_label | wrong_box).any(), _beyond(boxes).any()]).tolist()
@@ -61,6 +62,8 @@ def _check_structure(
         if missing := [key for key in (labels_key, boxes_key) if key not in target]:
             raise InvalidTargetError(f"image {image}: no {' and no '.join(missing)} among {', '.join(target)}")
         labels, boxes = target[labels_key], target[boxes_key]
+        if boxes.shape == (0,):
+            boxes = boxes.reshape(0, 4)
         if boxes.ndim != 2 or boxes.shape[1] != 4 or labels.shape != boxes.shape[:1]:
             raise InvalidTargetError(
                 f"image {image}: {boxes_key} must be (n, 4) and {labels_key} (n,), "
