@@ -47,7 +47,7 @@ def test_a_shipped_host_has_the_recorded_ap_and_calibration_keeps_it(name: str) 
     calibrated = coco_metrics(detect(model, data, 50, CPU), data.coco, data.sides)["AP"]
     assert fresh < calibrated
     assert calibrated >= 0.99 * host
-    assert result.after > 0.95
+    assert result.after > 0.9
 
 
 @pytest.mark.slow
