@@ -97,6 +97,8 @@ class TransformersAdapter:
         """See :class:`~dfine_plugin.registry.Adapter`. Returns the labels among the arguments."""
         labels = inspect.signature(type(model).forward).bind(model, *args, **kwargs).arguments.get("labels")
         if labels is not None:
+            if model.training:
+                common.warn_of_frozen_head(model, "model.decoder.fdr")
             labels = with_boxes_in_rows(labels)
             check_targets(labels, model.config.num_labels, labels_key="class_labels", boxes_key="boxes")
         return labels
