@@ -91,9 +91,9 @@ def unwrap_decoder(model: Model) -> Model:
 
     Everything the two share keeps the weights it has now. The box heads that :func:`wrap_decoder` retired come back as
     they were, so a host that was not trained in between is bit for bit what it was; after training they are as old as
-    the wrap, and the host's boxes are only its own again once they have been trained, too. Checkpoints of wrapped models
-    do not hold them: after ``load_pretrained``, or a wrapped model's state dict, a ``UserWarning`` says that they are to
-    be trained or loaded from a baseline's state dict.
+    the wrap, and the host's boxes are only its own again once they have been trained, too. Checkpoints of wrapped
+    models do not hold them: after ``load_pretrained``, or a wrapped model's state dict, a warning says that they
+    are to be trained or loaded from a baseline's state dict.
 
     Raises:
         WrapStateError: if the model is not wrapped, or has been deployed. It is untouched.
