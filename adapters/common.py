@@ -143,6 +143,16 @@ def seed_from_baseline(
     state_dict.update({key: value for key, value in own.items() if key.startswith(marker)})
 
 
+def warn_of_frozen_head(model: Host, head: str) -> None:
+    """Say that the FDR head would stay as it is for the whole training, as peft leaves what it is not told of."""
+    if any(p.requires_grad for p in model.parameters()) and model.get_submodule(head).is_frozen_at_start():
+        warnings.warn(
+            f"the FDR head ({head}) is new and frozen: boxes would stay the first layer's. With peft, train it whole "
+            "by LoraConfig(..., modules_to_save=['fdr'])",
+            stacklevel=2,
+        )
+
+
 def layer_names(sets: Sequence[dict[str, Tensor]], record: FDRRecord, of: str = "") -> dict[str, dict[str, Tensor]]:
     """Prediction sets of the last layers of a forward, by the layers' names."""
     first = len(record.boxes) - len(sets) + 1

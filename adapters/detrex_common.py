@@ -355,6 +355,7 @@ class DetrexAdapter:
         """See :class:`~dfine_plugin.registry.Adapter`."""
         if not model.training:
             return
+        common.warn_of_frozen_head(model, f"{DECODER}.fdr")
         (batched_inputs,) = (*args, *kwargs.values())
         targets = [_relative_targets(inputs["instances"]) for inputs in batched_inputs]
         check_targets(targets, model.num_classes, labels_key="gt_classes", boxes_key="gt_boxes")

@@ -98,6 +98,8 @@ class TransformersAdapter:
         given = inspect.signature(type(model).forward).bind(model, *args, **kwargs).arguments
         labels, pixels = given.get("labels"), given.get("pixel_values")
         if labels is not None:
+            if model.training:
+                common.warn_of_frozen_head(model, "model.decoder.fdr")
             count = None if pixels is None else len(pixels)
             check_targets(labels, model.config.num_labels, "class_labels", "boxes", num_images=count)
         return labels

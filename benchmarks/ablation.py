@@ -23,7 +23,7 @@ import typer
 from rich.console import Console
 
 from dfine_plugin.benchmarks.hosts import HOSTS
-from dfine_plugin.benchmarks.options import check_device_name, check_host_takes
+from dfine_plugin.benchmarks.options import check_data, check_device_name, check_host_takes
 from dfine_plugin.benchmarks.runs import RunSettings, write_json
 from dfine_plugin.benchmarks.scheduling import Cluster, run_all
 from dfine_plugin.benchmarks.variants import BASELINE, DEFAULT_VARIANTS, parse_variants
@@ -104,7 +104,7 @@ def main(
     if host not in HOSTS:
         raise typer.BadParameter(f"{host!r} is not one of {', '.join(HOSTS)}", param_hint="--host")
     check_host_takes(host, image_size)
-    _check_data(data)
+    check_data(data)
     if HOSTS[host].calls_cuda and device == "cpu":
         console.print(f"{host} calls .cuda() in its own code: trained without these calls")
     if save_models and host.startswith("detrex/"):
@@ -155,15 +155,6 @@ def main(
         console.print(f"failed: {failure}", markup=False)
     if failures:
         raise typer.Exit(1)
-
-
-def _check_data(data: str) -> None:
-    needed = [] if data == "shapes" else [Path(data) / name for name in ("instances_train.json", "instances_val.json")]
-    if missing := [str(path) for path in needed if not path.is_file()]:
-        raise typer.BadParameter(
-            f"there is no {' and no '.join(missing)}: give 'shapes' or a folder with these and images/",
-            param_hint="--data",
-        )
 
 
 def write_report(

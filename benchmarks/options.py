@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
@@ -35,3 +36,13 @@ def find_device(name: str) -> torch.device:
     if name != "cpu" and not torch.cuda.is_available():
         raise typer.BadParameter("there is no GPU here that PyTorch can use", param_hint="--device")
     return torch.device(name)
+
+
+def check_data(data: str) -> None:
+    """Refuse what is neither the embedded data nor a COCO folder."""
+    needed = [] if data == "shapes" else [Path(data) / name for name in ("instances_train.json", "instances_val.json")]
+    if missing := [str(path) for path in needed if not path.is_file()]:
+        raise typer.BadParameter(
+            f"there is no {' and no '.join(missing)}: give 'shapes' or a folder with these and images/",
+            param_hint="--data",
+        )

@@ -10,6 +10,7 @@ that have finished.
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import sys
@@ -22,11 +23,12 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from dfine_plugin.benchmarks.options import check_data, check_device_name, check_host_takes
 from dfine_plugin.benchmarks.paired import PairedDifference, paired_difference
 from dfine_plugin.benchmarks.report import METRICS, by_seed, figures, gain, table_header, table_row, variants_of
 from dfine_plugin.benchmarks.runs import Result, RetrofitSettings, write_json
 from dfine_plugin.benchmarks.scheduling import run_all
-from dfine_plugin.benchmarks.trained_hosts import STEPS, load_trained
+from dfine_plugin.benchmarks.trained_hosts import STEPS, find_trained
 from dfine_plugin.benchmarks.variants import BASELINE, parse_variants
 
 DEFAULT_ROWS = f"{BASELINE} calibrated"
@@ -124,7 +126,7 @@ def main(
     lr: Annotated[float, typer.Option(help="learning rate, of host and FDR head")] = 1e-3,
     train_images: Annotated[int, typer.Option(min=1, help="of the shapes")] = 2000,
     val_images: Annotated[int, typer.Option(min=1, help="of the shapes")] = 400,
-    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu or cuda", callback=check_device_name)] = "cpu",
     jobs: Annotated[int | None, typer.Option(help="processes at a time; default: the number of cores")] = None,
     output: Annotated[Path, typer.Option(help="folder for runs, table, figures and plot")] = Path("retrofit"),
 ) -> None:
@@ -132,9 +134,11 @@ def main(
     console = Console()
     try:
         variants = parse_variants(rows, retrofit=True)
-        host: str = load_trained(trained).config.model_type  # type: ignore[union-attr, assignment]
+        host: str = json.loads((find_trained(trained) / "config.json").read_text())["model_type"]
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
+    check_host_takes(host.replace("_", "-"), image_size)
+    check_data(data)
     settings = RetrofitSettings(
         host=host,
         variant=BASELINE,

@@ -13,33 +13,42 @@ import hashlib
 import json
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
-from torch import nn
 
 from dfine_plugin.benchmarks.runs import RunSettings, write_json
+
+if TYPE_CHECKING:
+    from torch import nn
 
 TRAINED = Path(__file__).parent / "trained"
 SEED = 100  # of none of the comparisons
 STEPS = {"rt-detr": 1500, "deformable-detr": 2000}
 
 
-def load_trained(name_or_folder: str, class_names: list[str] | None = None) -> nn.Module:
-    """A trained transformers host in float32: one of :data:`STEPS`, or what `save_pretrained` wrote to a folder.
-
-    With `class_names` other than its own it gets new class heads, drawn at random.
+def find_trained(name_or_folder: str) -> Path:
+    """The folder of a trained transformers host: one of :data:`STEPS`, or what `save_pretrained` wrote.
 
     Raises:
         ValueError: there is no such host.
     """
-    import transformers
-
     folder = TRAINED / name_or_folder if name_or_folder in STEPS else Path(name_or_folder)
     if not (folder / "config.json").is_file():
         raise ValueError(f"{name_or_folder} is neither one of {', '.join(STEPS)} nor a folder with a trained host")
+    return folder
+
+
+def load_trained(name_or_folder: str, class_names: list[str] | None = None) -> nn.Module:
+    """The trained host that :func:`find_trained` finds, in float32.
+
+    With `class_names` other than its own it gets new class heads, drawn at random.
+    """
+    import torch
+    import transformers
+
+    folder = find_trained(name_or_folder)
     config = transformers.AutoConfig.from_pretrained(folder)
     if class_names is not None and list(config.id2label.values()) != class_names:
         config.id2label = dict(enumerate(class_names))
@@ -55,6 +64,8 @@ def load_trained(name_or_folder: str, class_names: list[str] | None = None) -> n
 
 def train(name: str, output: Path) -> dict[str, Any]:
     """Train the host of this name, write it to its folder in `output`, and return what there is to know of it."""
+    import torch
+
     from dfine_plugin.benchmarks.evaluation import coco_metrics, detect
     from dfine_plugin.benchmarks.hosts import HOSTS
     from dfine_plugin.benchmarks.training import load_data, train_run
@@ -87,6 +98,8 @@ def main(
     output: Annotated[Path, typer.Option(help="where the folders go")] = TRAINED,
 ) -> None:
     """Train the hosts that come with the package."""
+    import torch
+
     console = Console()
     torch.set_num_threads(1)
     facts = output / "trained.json"

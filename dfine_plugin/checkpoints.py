@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 
+from .installing import install_hint
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -70,7 +72,7 @@ def load_pretrained(path: str | Path, **kwargs: Any) -> nn.Module:
     try:
         from .adapters import transformers_saving
     except ImportError as error:
-        raise ImportError(f"load_pretrained: {error}; pip install 'dfine-plugin[transformers]'") from error
+        raise ImportError(f"load_pretrained: {error}; {install_hint('transformers')}") from error
     return transformers_saving.load_pretrained(path, **kwargs)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .boxes import at_least_float32, inverse_sigmoid, move_edges
 from .config import WEIGHTINGS, FDRConfig
-from .errors import SettingsMismatchError
+from .errors import SettingsMismatchError, WrapStateError
 
 QUALITY_TOP_K = 4
 """How many of an edge's highest probabilities, besides their mean, the location quality is estimated from."""
@@ -148,12 +148,17 @@ class FDRHead(nn.Module):
 
     def deploy(self) -> None:
         """Drop what only training uses: the quality estimates of all layers but the last, and the residuals' scale,
-        which the weights take over."""
+        which the weights take over.
+
+        Raises:
+            WrapStateError: the weights cannot take it over, for they are quantized. Nothing is changed.
+        """
+        if self.residual_scale != 1 and not all(type(layer) is nn.Linear for layer in self._last_layers()):
+            raise WrapStateError("deploy scales weights that are quantized here: deploy the model first, then quantize")
         for layer in range(len(self.quality) - 1):
             self.quality[layer] = nn.Identity()
         with torch.no_grad():
-            for mlp in self.refine:
-                *_, last = mlp.children()
+            for last in self._last_layers():
                 for parameter in last.parameters():
                     parameter.mul_(self.residual_scale)
         self.residual_scale = 1.0
@@ -192,6 +197,15 @@ class FDRHead(nn.Module):
         # absent in version 0.1.0, whose state dicts load strictly, too
         state_dict.setdefault(f"{prefix}_extra_state", self.get_extra_state())
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def is_frozen_at_start(self) -> bool:
+        """Whether no parameter is to be trained, and the last layers still hold the zeros that they start from."""
+        return not any(p.requires_grad for p in self.parameters()) and not any(
+            p.any() for last in self._last_layers() for p in last.parameters()
+        )
+
+    def _last_layers(self) -> list[nn.Module]:
+        return [[*mlp.children()][-1] for mlp in self.refine]
 
     def _apply(self, fn, recurse=True):
         # W decides where boxes lie to a fraction of a pixel: it follows the device, never a cast to half precision

@@ -20,6 +20,9 @@ Model = TypeVar("Model", bound=nn.Module)
 
 _BINDING = "_fdr_binding"
 
+_ADAPTER_PARTS = {"base_layer", "original_module"}
+"""What peft names the modules that its own ones stand in for."""
+
 
 @dataclass
 class Binding:
@@ -97,7 +100,9 @@ def unwrap_decoder(model: Model) -> Model:
 
     Everything the two share keeps the weights it has now. The box heads that :func:`wrap_decoder` retired come back as
     they were, so a host that was not trained in between is bit for bit what it was; after training they are as old as
-    the wrap, and the host's boxes are only its own again once they have been trained, too.
+    the wrap, and the host's boxes are only its own again once they have been trained, too. Checkpoints of wrapped
+    models do not hold them: after ``load_pretrained``, or a wrapped model's state dict, a warning says that they
+    are to be trained or loaded from a baseline's state dict.
 
     Raises:
         WrapStateError: if the model is not wrapped, or has been deployed. It is untouched.
@@ -120,7 +125,8 @@ def deploy(model: Model) -> Model:
     """Leave only what inference needs, in place: no records, no losses, no parts that only training uses.
 
     Raises:
-        WrapStateError: if the model is not wrapped, is deployed already, or is in training mode.
+        WrapStateError: if the model is not wrapped, is deployed already, is in training mode, has adapters (LoRA) that
+            are not merged, or is quantized. It is untouched.
     """
     binding = binding_of(model)
     if binding is None:
@@ -129,8 +135,14 @@ def deploy(model: Model) -> Model:
         raise WrapStateError(f"this {type(model).__name__} is deployed already")
     if model.training:
         raise WrapStateError("deploy takes a model in evaluation mode; call model.eval() first")
-    binding.remove_hooks()
+    beside = [name for name, module in model.named_modules() if _ADAPTER_PARTS & {*module.__dict__, *module._modules}]
+    if beside:
+        raise WrapStateError(
+            f"{beside[0]} has adapters (LoRA or the like) beside its weights, which deploy would rescale or replace "
+            "one by one; merge them first: model = peft_model.merge_and_unload()"
+        )
     binding.adapter.deploy(model)
+    binding.remove_hooks()
     binding.retired = None
     binding.deployed = True
     return model

@@ -16,6 +16,8 @@ WITHIN = 2.0
 COMMANDS = {
     "dfine_plugin.cli": ["export", "build-engine", "show"],
     "dfine_plugin.benchmarks.ablation": [],
+    "dfine_plugin.benchmarks.retrofit": [],
+    "dfine_plugin.benchmarks.trained_hosts": [],
     "dfine_plugin.benchmarks.criterion": [],
     "dfine_plugin.benchmarks.latency": [],
     "dfine_plugin.benchmarks.overhead": [],
@@ -66,6 +68,8 @@ WRONG = [
     ("dfine_plugin.cli", "export", "--model", "m", "--image-size", "0"),
     ("dfine_plugin.benchmarks.ablation", "--host", "yolo"),
     ("dfine_plugin.benchmarks.ablation", "--variants", "N=15"),
+    ("dfine_plugin.benchmarks.retrofit", "--rows", "default"),
+    ("dfine_plugin.benchmarks.retrofit", "--trained", "nothing"),
     ("dfine_plugin.benchmarks.criterion", "--truths", "many"),
     ("dfine_plugin.benchmarks.latency", "--backend", "openvino"),
     ("dfine_plugin.benchmarks.overhead", "--host", "yolo"),

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
-from dfine_plugin import FDRConfig, FDRHead, SettingsMismatchError
+from dfine_plugin import FDRConfig, FDRHead, SettingsMismatchError, WrapStateError
 
 from . import reference
 from .drawing import random, random_boxes
@@ -298,6 +298,15 @@ def test_state_dict_round_trip() -> None:
     for ours, theirs in zip(run(head, hidden_states(), boxes), run(other, hidden_states(), boxes), strict=True):
         assert torch.equal(ours.boxes, theirs.boxes)
         assert torch.equal(head.quality_logits(1, ours.probabilities), other.quality_logits(1, theirs.probabilities))
+
+
+def test_a_quantized_head_is_not_scaled() -> None:
+    """Its weights could not take the scale over; a scale of one leaves nothing to take over."""
+    head = torch.ao.quantization.quantize_dynamic(make_head(residual_scale=8.0), {nn.Linear})
+    with pytest.raises(WrapStateError, match="deploy the model first, then quantize"):
+        head.deploy()
+    assert head.residual_scale == 8
+    torch.ao.quantization.quantize_dynamic(make_head(residual_scale=1.0), {nn.Linear}).deploy()
 
 
 def test_deepcopy_is_its_own_head() -> None:
