@@ -90,7 +90,8 @@ def calibrate(
         How well the boxes agree with the host's, before and after.
 
     Raises:
-        WrapStateError: the model is not wrapped, has been deployed, or its host does not refine boxes layer by layer.
+        WrapStateError: the model is not wrapped, has been deployed or loaded from a wrapped checkpoint, or its host
+            does not refine boxes layer by layer.
         ValueError: there are no images.
 
     Example:
@@ -122,6 +123,11 @@ def _fdr_head(model: nn.Module) -> FDRHead:
     if not binding.retired.box_heads:
         raise WrapStateError(
             f"this {type(model).__name__} does not refine boxes from layer to layer: it has none to learn from"
+        )
+    if binding.retired.outdated:
+        raise WrapStateError(
+            f"this {type(model).__name__} has been loaded from a wrapped checkpoint, which has an FDR head that was "
+            "trained, and none of the host's box heads to learn from"
         )
     fdr = model.get_submodule(f"{binding.adapter.decoder}.fdr")
     assert isinstance(fdr, FDRHead)
