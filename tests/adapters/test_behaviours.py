@@ -333,12 +333,13 @@ def test_dynamic_quantization_runs(host: Host, change: Any) -> None:
     quantized = quantize_dynamic(model, {nn.Linear})
     first = host.fdr(quantized).refine[0][0]
     assert not isinstance(first, nn.Linear)
-    hidden = torch.randn(2, 12, first.in_features)
+    hidden = torch.randn(2, 12, first.in_features, generator=torch.Generator().manual_seed(0))
     state, wanted = (host.fdr(m)(0, hidden, host.fdr(m).start(torch.full((2, 12, 4), 0.5))) for m in (quantized, model))
-    torch.testing.assert_close(state.boxes, wanted.boxes, atol=0.02, rtol=0)
+    assert (wanted.boxes - 0.5).abs().max() > 0.2
+    torch.testing.assert_close(state.boxes, wanted.boxes, atol=0.05, rtol=0)
     last = len(host.fdr(model).quality) - 1
     found, expected = (host.fdr(m).quality_logits(last, wanted.probabilities) for m in (quantized, model))
-    torch.testing.assert_close(found, expected, atol=0.05, rtol=0)
+    torch.testing.assert_close(found, expected, atol=0.1, rtol=0)
     assert all(tensor.isfinite().all() for tensor in predict(host, quantized))
 
 
