@@ -28,7 +28,7 @@ from dfine_plugin.benchmarks.paired import PairedDifference, paired_difference
 from dfine_plugin.benchmarks.report import METRICS, by_seed, figures, gain, table_header, table_row, variants_of
 from dfine_plugin.benchmarks.runs import Result, RetrofitSettings, write_json
 from dfine_plugin.benchmarks.scheduling import run_all
-from dfine_plugin.benchmarks.trained_hosts import STEPS, find_trained
+from dfine_plugin.benchmarks.trained_hosts import STEPS, facts, find_trained
 from dfine_plugin.benchmarks.variants import BASELINE, parse_variants
 
 DEFAULT_ROWS = f"{BASELINE} calibrated"
@@ -120,10 +120,12 @@ def main(
     ),
     seeds: Annotated[int, typer.Option(min=1)] = 2,
     first_seed: Annotated[int, typer.Option(min=0)] = 0,
-    steps: Annotated[int, typer.Option(min=1)] = 400,
+    steps: Annotated[int, typer.Option(min=1)] = 1000,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     image_size: Annotated[int, typer.Option(min=32)] = 96,
-    lr: Annotated[float, typer.Option(help="learning rate, of host and FDR head")] = 1e-3,
+    lr: Annotated[
+        float | None, typer.Option(help="learning rate; default: what a host of the package was trained with")
+    ] = None,
     train_images: Annotated[int, typer.Option(min=1, help="of the shapes")] = 2000,
     val_images: Annotated[int, typer.Option(min=1, help="of the shapes")] = 400,
     device: Annotated[str, typer.Option(help="cpu or cuda", callback=check_device_name)] = "cpu",
@@ -137,6 +139,8 @@ def main(
         host: str = json.loads((find_trained(trained) / "config.json").read_text())["model_type"]
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
+    if lr is None and trained not in STEPS:
+        raise typer.BadParameter("a host of your own has no default: say at which rate to train", param_hint="--lr")
     check_host_takes(host.replace("_", "-"), image_size)
     check_data(data)
     settings = RetrofitSettings(
@@ -147,7 +151,7 @@ def main(
         image_size=image_size,
         steps=steps,
         batch_size=batch_size,
-        learning_rate=lr,
+        learning_rate=lr or facts()[trained]["learning_rate"],
         train_images=train_images,
         val_images=val_images,
         device=device,

@@ -28,6 +28,11 @@ SEED = 100  # of none of the comparisons
 STEPS = {"rt-detr": 1500, "deformable-detr": 2000}
 
 
+def facts() -> dict[str, Any]:
+    """What is known of the hosts that come with the package, by name: AP, digest, size, how they were trained."""
+    return json.loads((TRAINED / "trained.json").read_text())
+
+
 def find_trained(name_or_folder: str) -> Path:
     """The folder of a trained transformers host: one of :data:`STEPS`, or what `save_pretrained` wrote.
 
@@ -102,11 +107,11 @@ def main(
 
     console = Console()
     torch.set_num_threads(1)
-    facts = output / "trained.json"
-    found = json.loads(facts.read_text()) if facts.is_file() else {}
+    path = output / "trained.json"
+    found = json.loads(path.read_text()) if path.is_file() else {}
     for name in hosts or STEPS:
         found[name] = train(name, output)
-        write_json(facts, found)
+        write_json(path, found)
         console.print(f"{name}: {json.dumps(found[name])}", markup=False, soft_wrap=True)
 
 

@@ -17,12 +17,12 @@ from dfine_plugin.benchmarks import retrofit
 from dfine_plugin.benchmarks.detection_data import TrainingView, collate, normalise
 from dfine_plugin.benchmarks.evaluation import coco_metrics, detect
 from dfine_plugin.benchmarks.runs import RetrofitSettings
-from dfine_plugin.benchmarks.trained_hosts import STEPS, TRAINED, load_trained
+from dfine_plugin.benchmarks.trained_hosts import STEPS, TRAINED, facts, load_trained
 from dfine_plugin.benchmarks.training import build_model, load_data
 from dfine_plugin.benchmarks.variants import fdr_settings, is_calibrated, parse_variants
 
 CPU = torch.device("cpu")
-FACTS = json.loads((TRAINED / "trained.json").read_text())
+FACTS = facts()
 
 
 @pytest.mark.parametrize("name", STEPS)

@@ -70,6 +70,7 @@ WRONG = [
     ("dfine_plugin.benchmarks.ablation", "--variants", "N=15"),
     ("dfine_plugin.benchmarks.retrofit", "--rows", "default"),
     ("dfine_plugin.benchmarks.retrofit", "--trained", "nothing"),
+    ("dfine_plugin.benchmarks.retrofit", "--image-size", "161"),
     ("dfine_plugin.benchmarks.criterion", "--truths", "many"),
     ("dfine_plugin.benchmarks.latency", "--backend", "openvino"),
     ("dfine_plugin.benchmarks.overhead", "--host", "yolo"),
