@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .boxes import aligned_iou, at_least_float32, edge_offsets
+from .boxes import aligned_iou, edge_offsets
 from .errors import WrapStateError
 from .head import FDRHead, Refinement
 from .wrapping import binding_of
@@ -84,7 +84,7 @@ def calibrate(
         steps: of Adam, with a learning rate that falls to zero.
         batch_size: queries a step.
         learning_rate: of the first step.
-        progress: show a bar.
+        progress: show bars, of the images and of the steps.
 
     Returns:
         How well the boxes agree with the host's, before and after.
@@ -100,7 +100,7 @@ def calibrate(
         Calibration(before=0.89, after=0.98)
     """
     fdr = _fdr_head(model)
-    rehearsal = rehearse(model, images)
+    rehearsal = rehearse(model, images, progress)
     before = agreement(fdr, rehearsal)
     dtype = next(fdr.parameters()).dtype
     fdr.float()
@@ -135,7 +135,7 @@ def _fdr_head(model: nn.Module) -> FDRHead:
 
 
 @torch.no_grad()
-def rehearse(model: nn.Module, images: Iterable[Tensor]) -> Rehearsal:
+def rehearse(model: nn.Module, images: Iterable[Tensor], progress: bool = False) -> Rehearsal:
     """Run the wrapped model's host over the images as if it had not been wrapped.
 
     The FDR head is asked as always, but what it answers gives way to what the host's retired box heads say, so that all
@@ -149,11 +149,11 @@ def rehearse(model: nn.Module, images: Iterable[Tensor]) -> Rehearsal:
     device = next(model.parameters()).device
     parts = []
     with _host_boxes(model) as (hidden, boxes):
-        for batch in images:
+        for batch in tqdm(images, desc="running the host", disable=not progress):
             hidden.clear()
             boxes.clear()
             logits, _ = detector(batch.to(device))
-            confidence = at_least_float32(logits).sigmoid().amax(-1)
+            confidence = logits.float().sigmoid().amax(-1)
             confidence, chosen = confidence.topk(min(QUERIES_PER_IMAGE, confidence.shape[1]))
             rows = torch.arange(len(chosen), device=device)[:, None]
             layers = torch.stack([h[rows, chosen] for h in hidden]), torch.stack([b[rows, chosen] for b in boxes])
@@ -179,8 +179,8 @@ def _host_boxes(model: nn.Module) -> Iterator[tuple[list[Tensor], list[Tensor]]]
         following = reported = state.boxes
         if layer > 0:
             following, reported = binding.adapter.host_boxes(model, layer, hidden_states, state.boxes)
-        hidden.append(at_least_float32(hidden_states))
-        boxes.append(reported)
+        hidden.append(hidden_states.float())
+        boxes.append(reported.float())
         return replace(refined, boxes=following)
 
     hook = _fdr_head(model).register_forward_hook(answer)

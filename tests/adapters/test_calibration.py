@@ -85,6 +85,15 @@ def test_agreement_weighs_by_confidence(host: Host) -> None:
     assert agreement(host.fdr(model), rehearsal) == pytest.approx(expected / sum(rehearsal.confidence.tolist()), 1e-5)
 
 
+def test_a_model_in_double_precision_stays_in_it(transformers_host: Host) -> None:
+    if not refines(transformers_host):
+        pytest.skip("the host does not refine boxes")
+    model = wrap(transformers_host, build(transformers_host)).double()
+    result = calibrate(model, [BATCHES[0].double()], steps=20, learning_rate=5e-3, progress=False)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
+    assert result.before < result.after
+
+
 def test_it_refuses_what_it_cannot_calibrate(host: Host) -> None:
     with pytest.raises(WrapStateError, match="is not wrapped; calibrate takes a model right after wrap_decoder"):
         calibrate(build(host), BATCHES)
