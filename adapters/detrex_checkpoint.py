@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from detectron2.config import LazyCall as L
 from detectron2.config import LazyConfig, instantiate
 from detectron2.data import MetadataCatalog
 from detectron2.data import transforms as T
@@ -19,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from dfine_plugin.image_sizes import RT_DETR_STRIDES, check_image_size
+from dfine_plugin.wrapping import wrap_decoder
 
 from .common import Host
 
@@ -55,10 +57,14 @@ class DetrexCheckpoint:
     def load(self) -> Host:
         """See :class:`~dfine_plugin.checkpoints.Checkpoint`."""
         try:
-            model = instantiate(_on_cpu(self.config.model))
+            model = instantiate(_on_cpu(_only_wrapped(self.config.model)))
         except ImportError as error:
             raise ValueError(f"{error}: detrex's checkout must be on PYTHONPATH") from error
-        checkpoint = torch.load(self.weights, map_location="cpu")
+        try:
+            checkpoint = torch.load(self.weights, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise ValueError(f"{self.weights} cannot be read: {reason}") from error
         try:
             model.load_state_dict(checkpoint["model"])
         except RuntimeError as error:  # other settings of the FDR head among them
@@ -119,6 +125,15 @@ def _read_config(folder: Path) -> DictConfig:
             return pickle.load(file)
         except ImportError as error:
             raise ValueError(f"{pickled} cannot be read: {error}; is detrex's checkout on PYTHONPATH?") from error
+
+
+def _only_wrapped(model: DictConfig) -> DictConfig:
+    """A run's model without what made it from a trained host, which its own checkpoint holds as it became."""
+    target = model._target_
+    name = target if isinstance(target, str) else f"{target.__module__}.{target.__qualname__}"
+    if name != "dfine_plugin.projects.trained.wrap_trained":
+        return model
+    return L(wrap_decoder)(model=model.model, config=model.get("config"))
 
 
 def _on_cpu(config: DictConfig) -> DictConfig:

@@ -8,6 +8,7 @@ from importlib.metadata import version
 import pytest
 
 import dfine_plugin
+from dfine_plugin.installing import install_hint
 
 SLOW = ("torch", "torchvision", "transformers", "scipy", "onnxruntime", "onnx_ir", "matplotlib", "pycocotools")
 WITHIN = 2.0
@@ -90,3 +91,10 @@ def test_wrong_arguments_are_told_at_once(call: tuple[str, ...]) -> None:
 def test_the_version_is_the_packages() -> None:
     assert start("dfine_plugin.cli", "--version")[::3] == (0, f"dfine-plugin {version('dfine-plugin')} ")
     assert dfine_plugin.__version__ == version("dfine-plugin")
+
+
+def test_without_the_extra_a_benchmark_names_it() -> None:
+    code = "import sys; sys.modules['typer'] = None; import dfine_plugin.benchmarks.ablation"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1] == f"ImportError: the benchmarks need typer: {install_hint('bench')}"

@@ -66,6 +66,32 @@ def test_a_run_comes_back(host: str, averages: bool, kind: str, tmp_path: Path) 
     assert input_size(checkpoint) == (160, 160)
 
 
+def test_a_run_from_a_trained_host_comes_back_without_that_host(tmp_path: Path) -> None:
+    from detectron2.config import LazyCall as L
+    from detectron2.config import LazyConfig
+
+    from dfine_plugin import FDRConfig
+    from dfine_plugin.projects.trained import wrap_trained
+
+    config, model = written_by_the_trainer(tmp_path, "dino")
+    parts = {"model": config.model.model, "config": L(FDRConfig.paper)(), "dataloader": config.dataloader.train}
+    config.model = L(wrap_trained)(**parts, checkpoint="gone.pth")
+    LazyConfig.save(config, str(tmp_path / "config.yaml"))
+    found = open_checkpoint(tmp_path).load()
+    expected = model.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in found.state_dict().items())
+
+
+def test_broken_weights_are_said(tmp_path: Path) -> None:
+    written_by_the_trainer(tmp_path, "dino")
+    file = tmp_path / "model_0000019.pth"
+    whole = file.read_bytes()
+    for broken in (whole[: len(whole) // 2], b"", b"no weights at all"):
+        file.write_bytes(broken)
+        with pytest.raises(ValueError, match=r"model_0000019\.pth cannot be read: "):
+            open_checkpoint(tmp_path).load()
+
+
 @pytest.mark.parametrize("image_format", ["RGB", "BGR"])
 @pytest.mark.parametrize("host", ["deformable_detr", "rt_detr"])
 def test_images_are_those_of_the_test_data(host: str, image_format: str, tmp_path: Path) -> None:
