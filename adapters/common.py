@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dfine_plugin.assignment import MatchingCost, SetToMatch, match_sets
@@ -84,8 +85,8 @@ def host_box(model: Host, layer: int, hidden_states: Tensor, reference: Tensor) 
     """What the retired box head of a decoder layer, not the first, makes of ``(B, Q, C)`` states and references."""
     binding = binding_of(model)
     assert binding is not None
-    head = binding.retired.box_heads[layer - 1].to(hidden_states)
-    return locate_initial_boxes(head(hidden_states), reference)
+    head = binding.retired.box_heads[layer - 1].to(reference.device)
+    return locate_initial_boxes(head(hidden_states.to(next(head.parameters()).dtype)), reference)
 
 
 def recast(module: nn.Module, twin: type[nn.Module]) -> type[nn.Module]:
@@ -131,20 +132,27 @@ def seed_from_baseline(
     if retired is None:
         return
     marker = f"{prefix}{head}."
+    own = model.state_dict(prefix=prefix)
     if any(key.startswith(marker) for key in state_dict):
-        retired.outdated = True
+        # the first box head tells other weights from a copy of these
+        shared = [key for key in own.keys() & state_dict.keys() if "bbox_embed" in key]
+        retired.outdated |= any(not torch.equal(own[key], state_dict[key].to(own[key])) for key in shared)
         return
     for name, module in retired.modules.items():
         for key, parameter in module.state_dict(prefix=f"{prefix}{name}.").items():
             if key in state_dict:
                 parameter.copy_(state_dict.pop(key))
                 retired.outdated = False
-    own = model.state_dict(prefix=prefix)
     state_dict.update({key: value for key, value in own.items() if key.startswith(marker)})
 
 
 def warn_of_frozen_head(model: Host, head: str) -> None:
     """Say that the FDR head would stay as it is for the whole training, as peft leaves what it is not told of."""
+    binding = binding_of(model)
+    assert binding is not None
+    if binding.looked_at_head:  # once, for it may wait for the device
+        return
+    binding.looked_at_head = True
     if any(p.requires_grad for p in model.parameters()) and model.get_submodule(head).is_frozen_at_start():
         warnings.warn(
             f"the FDR head ({head}) is new and frozen: boxes would stay the first layer's. With peft, train it whole "

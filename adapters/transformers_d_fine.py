@@ -17,7 +17,7 @@ def fdr_head_of(model: DFineForObjectDetection) -> FDRHead:
         model: a D-FINE.
 
     Raises:
-        ValueError: its location quality is estimated in another way than the paper's.
+        ValueError: its heads are of other sizes than the paper's.
     """
     decoder = model.model.decoder
     bins = {"num_bins": decoder.max_num_bins, "a": abs(decoder.up.item()), "c": 1 / abs(decoder.reg_scale.item())}

@@ -6,6 +6,7 @@ but :func:`load_pretrained` stops: the host's class, the Auto classes, pipelines
 The weights themselves keep the name that transformers gives them, for its Trainer resumes from them.
 """
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from dfine_plugin.config import FDRConfig
-from dfine_plugin.wrapping import deploy, wrap_decoder
+from dfine_plugin.wrapping import binding_of, deploy, wrap_decoder
 
 from .common import Host
 
@@ -51,6 +52,9 @@ class WrappedConfig:
     def to_dict(self) -> dict[str, Any]:
         """The host's, the settings, and what stops other loaders."""
         return {**super().to_dict(), SETTINGS: getattr(self, SETTINGS), _WEIGHTS: NO_FILE}  # type: ignore[misc]
+
+    def __copy__(self) -> PretrainedConfig:
+        return _view(copy.copy(self.host), dict(getattr(self, SETTINGS)))  # type: ignore[attr-defined]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _view, (self.host, getattr(self, SETTINGS))  # type: ignore[attr-defined]
@@ -130,6 +134,9 @@ def load_pretrained(path: str | Path, **kwargs: Any) -> Host:
     finally:
         transformers.logging.set_verbosity(verbosity)
     wrap_decoder(model, FDRConfig.from_dict(settings))
+    binding = binding_of(model)
+    assert binding is not None
+    binding.retired.outdated = True  # from_pretrained has drawn them at random
     if deployed:
         deploy(model)
     found = model.load_state_dict(_read_weights(path, kwargs.get("variant"), hub), strict=False)

@@ -1,6 +1,6 @@
 """What FDR and GO-LSD bring: trains a DETR and its wrapped twins on the same data and compares them.
 
-    python -m dfine_plugin.benchmarks.ablation                       # about ten minutes on two cores
+    python -m dfine_plugin.benchmarks.ablation                       # about a quarter of an hour on two cores
     python -m dfine_plugin.benchmarks.ablation --long                # ten seeds
     python -m dfine_plugin.benchmarks.ablation --data FOLDER --tune-lr
     torchrun --nproc-per-node 8 -m dfine_plugin.benchmarks.ablation --device cuda

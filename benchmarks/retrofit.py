@@ -28,7 +28,7 @@ from dfine_plugin.benchmarks.paired import PairedDifference, paired_difference
 from dfine_plugin.benchmarks.report import METRICS, by_seed, figures, gain, table_header, table_row, variants_of
 from dfine_plugin.benchmarks.runs import Result, RetrofitSettings, write_json
 from dfine_plugin.benchmarks.scheduling import run_all
-from dfine_plugin.benchmarks.trained_hosts import STEPS, facts, find_trained
+from dfine_plugin.benchmarks.trained_hosts import IMAGE_SIZE, STEPS, facts, find_trained
 from dfine_plugin.benchmarks.variants import BASELINE, parse_variants
 
 DEFAULT_ROWS = f"{BASELINE} calibrated"
@@ -86,7 +86,10 @@ def markdown(results: Sequence[Result], failures: Sequence[str] = ()) -> str:
 
 
 def closing_lines(results: Sequence[Result]) -> list[str]:
-    """For each wrapped row: how much of the host is kept at the start, the largest lag, and the gain at the end."""
+    """For each wrapped row: how much of the host is kept at the start, the largest lag, and the gain at the end.
+
+    A host without AP at the start has other classes than the data: its class heads were drawn anew.
+    """
     steps = [point["step"] for point in results[0]["curve"]]
     start = ap_at(results, BASELINE, 0)
     lines = []
@@ -94,7 +97,8 @@ def closing_lines(results: Sequence[Result]) -> list[str]:
         final = gain_at(results, variant, steps[-1])
         if variant == BASELINE or final is None:
             continue
-        kept = 100 * fmean(ap_at(results, variant, 0).values()) / fmean(start.values())
+        host, wrapped = fmean(start.values()), fmean(ap_at(results, variant, 0).values())
+        kept = f"{100 * wrapped / host:.1f} % of the host's AP at step 0" if host >= 1 else "new class heads"
         gains = {step: gain_at(results, variant, step) for step in steps}
         worst = min((g.mean, step) for step, g in gains.items() if g is not None)
         if final.half_width is None:
@@ -104,7 +108,7 @@ def closing_lines(results: Sequence[Result]) -> list[str]:
         else:
             verdict = "the 95 % interval includes zero: no gain is shown"
         lines.append(
-            f"{variant}: {kept:.1f} % of the host's AP at step 0; at worst {worst[0]:+.2f} AP (step {worst[1]}); after "
+            f"{variant}: {kept}; at worst {worst[0]:+.2f} AP (step {worst[1]}); after "
             f"{steps[-1]} steps AP {final}, {verdict}."
         )
     return lines
@@ -122,25 +126,32 @@ def main(
     first_seed: Annotated[int, typer.Option(min=0)] = 0,
     steps: Annotated[int, typer.Option(min=1)] = 1000,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
-    image_size: Annotated[int, typer.Option(min=32)] = 96,
-    lr: Annotated[
-        float | None, typer.Option(help="learning rate; default: what a host of the package was trained with")
+    image_size: Annotated[
+        int | None, typer.Option(min=32, help="default: what a host of the package was trained with")
     ] = None,
+    lr: Annotated[float | None, typer.Option(min=1e-9, help="learning rate; the same default")] = None,
     train_images: Annotated[int, typer.Option(min=1, help="of the shapes")] = 2000,
     val_images: Annotated[int, typer.Option(min=1, help="of the shapes")] = 400,
     device: Annotated[str, typer.Option(help="cpu or cuda", callback=check_device_name)] = "cpu",
     jobs: Annotated[int | None, typer.Option(help="processes at a time; default: the number of cores")] = None,
-    output: Annotated[Path, typer.Option(help="folder for runs, table, figures and plot")] = Path("retrofit"),
+    output: Annotated[Path, typer.Option(file_okay=False, help="folder for runs, table, figures and plot")] = Path(
+        "retrofit"
+    ),
 ) -> None:
     """Train a trained host on, bare and wrapped, and print what the wrap brings at every step."""
     console = Console()
     try:
         variants = parse_variants(rows, retrofit=True)
-        host: str = json.loads((find_trained(trained) / "config.json").read_text())["model_type"]
+        config = json.loads((find_trained(trained) / "config.json").read_text())
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    if lr is None and trained not in STEPS:
-        raise typer.BadParameter("a host of your own has no default: say at which rate to train", param_hint="--lr")
+    if "dfine_plugin" in config:
+        raise typer.BadParameter(f"{trained} is wrapped already", param_hint="--trained")
+    if trained in STEPS:
+        image_size, lr = image_size or IMAGE_SIZE, lr or facts()[trained]["learning_rate"]
+    if image_size is None or lr is None:
+        raise typer.BadParameter("a host of your own has no defaults: say --image-size and --lr")
+    host = config["model_type"]
     check_host_takes(host.replace("_", "-"), image_size)
     check_data(data)
     settings = RetrofitSettings(
@@ -151,7 +162,7 @@ def main(
         image_size=image_size,
         steps=steps,
         batch_size=batch_size,
-        learning_rate=lr or facts()[trained]["learning_rate"],
+        learning_rate=lr,
         train_images=train_images,
         val_images=val_images,
         device=device,

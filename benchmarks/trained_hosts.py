@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 TRAINED = Path(__file__).parent / "trained"
 SEED = 100  # of none of the comparisons
+IMAGE_SIZE = 96
 STEPS = {"rt-detr": 1500, "deformable-detr": 2000}
 
 
@@ -46,7 +48,7 @@ def find_trained(name_or_folder: str) -> Path:
 
 
 def load_trained(name_or_folder: str, class_names: list[str] | None = None) -> nn.Module:
-    """The trained host that :func:`find_trained` finds, in float32.
+    """The trained host that :func:`find_trained` finds, in float32, for images as the benchmarks normalise them.
 
     With `class_names` other than its own it gets new class heads, drawn at random.
     """
@@ -62,9 +64,30 @@ def load_trained(name_or_folder: str, class_names: list[str] | None = None) -> n
     transformers.logging.set_verbosity_error()  # it would list the class heads that do not fit
     try:
         host_class = getattr(transformers, config.architectures[0])
-        return host_class.from_pretrained(folder, config=config, dtype=torch.float32, ignore_mismatched_sizes=True)
+        model = host_class.from_pretrained(folder, config=config, dtype=torch.float32, ignore_mismatched_sizes=True)
     finally:
         transformers.logging.set_verbosity(verbosity)
+    _take_benchmarks_images(model, folder / "preprocessor_config.json")
+    return model
+
+
+def _take_benchmarks_images(model: nn.Module, preprocessing: Path) -> None:
+    """Let a host that was trained on images of other mean and deviation take those of `detection_data.normalise`."""
+    known: dict[str, Any] = json.loads(preprocessing.read_text()) if preprocessing.is_file() else {}
+    mean, deviation = ([0.0] * 3, [1.0] * 3)
+    if known.get("do_normalize"):
+        mean, deviation = known["image_mean"], known["image_std"]
+    if (mean, deviation) != ([0.5] * 3, [0.5] * 3):
+        model.register_forward_pre_hook(partial(_renormalise, mean, deviation), with_kwargs=True)
+
+
+def _renormalise(
+    mean: list[float], deviation: list[float], model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    pixels = args[0] if args else kwargs["pixel_values"]
+    centre, spread = (pixels.new_tensor(values)[:, None, None] for values in (mean, deviation))
+    pixels = ((pixels + 1) / 2 - centre) / spread
+    return ((pixels, *args[1:]), kwargs) if args else ((), {**kwargs, "pixel_values": pixels})
 
 
 def train(name: str, output: Path) -> dict[str, Any]:
@@ -77,7 +100,9 @@ def train(name: str, output: Path) -> dict[str, Any]:
     from dfine_plugin.benchmarks.variants import BASELINE
 
     rate = HOSTS[name].learning_rate
-    settings = RunSettings(name, BASELINE, SEED, "shapes", 96, STEPS[name], 16, rate, clip_norm=HOSTS[name].clip_norm)
+    settings = RunSettings(
+        name, BASELINE, SEED, "shapes", IMAGE_SIZE, STEPS[name], 16, rate, clip_norm=HOSTS[name].clip_norm
+    )
     with tempfile.TemporaryDirectory() as scratch:
         train_run(settings, models=Path(scratch))
         (folder,) = Path(scratch).iterdir()

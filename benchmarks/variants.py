@@ -46,12 +46,13 @@ def parse_variants(text: str, retrofit: bool = False) -> list[str]:
     """The rows in `text`, parted by blanks or semicolons (commas part the settings within a row), checked, in order."""
     rows = list(dict.fromkeys(text.replace(";", " ").split()))
     for row in rows:
+        of_retrofit = row.partition(":")[0] in _RETROFIT
+        if row != BASELINE and of_retrofit != retrofit:
+            known = ", ".join(_RETROFIT if retrofit else _NAMED)
+            raise ValueError(f"{row!r} is no row of this comparison: {BASELINE}, {known}")
         settings = fdr_settings(row)
         if settings is not None:
             FDRConfig.from_dict(settings)
-        if row != BASELINE and (row.partition(":")[0] in _RETROFIT) != retrofit:
-            known = ", ".join(_RETROFIT if retrofit else _NAMED)
-            raise ValueError(f"{row!r} is no row of this comparison: {BASELINE}, {known}")
     return rows
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .weighting import weighting_function
     from .wrapping import deploy, is_wrapped, unwrap_decoder, wrap_decoder
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 _checkout = Path(__file__).resolve().parents[1]
 if (_checkout / "pyproject.toml").is_file():

@@ -93,6 +93,7 @@ def calibrate(
         WrapStateError: the model is not wrapped, has been deployed or loaded from a wrapped checkpoint, or its host
             does not refine boxes layer by layer.
         ValueError: there are no images.
+        TypeError: a batch is something else, such as a dict with the images in it.
 
     Example:
         >>> model = wrap_decoder(model)
@@ -102,16 +103,34 @@ def calibrate(
     fdr = _fdr_head(model)
     rehearsal = rehearse(model, images, progress)
     before = agreement(fdr, rehearsal)
-    dtype = next(fdr.parameters()).dtype
-    fdr.float()
-    frozen = [parameter for parameter in fdr.parameters() if not parameter.requires_grad]
-    fdr.requires_grad_(True)
-    with torch.enable_grad():
+    with _trainable_in_float32(fdr), torch.enable_grad():
         _teach(fdr, rehearsal, steps, batch_size, learning_rate, progress)
-    for parameter in frozen:
-        parameter.requires_grad = False
-    fdr.to(dtype)
     return Calibration(before, agreement(fdr, rehearsal))
+
+
+@contextmanager
+def _trainable_in_float32(fdr: FDRHead) -> Iterator[None]:
+    dtype = next(fdr.parameters()).dtype
+    trainable = [parameter.requires_grad for parameter in fdr.parameters()]
+    fdr.float().requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter, was in zip(fdr.parameters(), trainable, strict=True):
+            parameter.requires_grad, parameter.grad = was, None
+        fdr.to(dtype)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode, and every module of it as it was thereafter."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def _fdr_head(model: nn.Module) -> FDRHead:
@@ -120,14 +139,14 @@ def _fdr_head(model: nn.Module) -> FDRHead:
         state = "not wrapped" if binding is None else "deployed"
         name = type(model).__name__
         raise WrapStateError(f"this {name} is {state}; calibrate takes a model right after wrap_decoder")
-    if not binding.retired.box_heads:
+    if not getattr(binding.retired, "box_heads", None):
         raise WrapStateError(
             f"this {type(model).__name__} does not refine boxes from layer to layer: it has none to learn from"
         )
     if binding.retired.outdated:
         raise WrapStateError(
-            f"this {type(model).__name__} has been loaded from a wrapped checkpoint, which has an FDR head that was "
-            "trained, and none of the host's box heads to learn from"
+            f"this {type(model).__name__} has been loaded from a wrapped checkpoint, which holds none of the box heads "
+            "to learn from; calibrate comes right after wrap_decoder"
         )
     fdr = model.get_submodule(f"{binding.adapter.decoder}.fdr")
     assert isinstance(fdr, FDRHead)
@@ -143,13 +162,15 @@ def rehearse(model: nn.Module, images: Iterable[Tensor], progress: bool = False)
     """
     binding = binding_of(model)
     assert binding is not None
-    was_training = model.training
-    model.eval()
-    detector = binding.adapter.detector(model)
     device = next(model.parameters()).device
     parts = []
-    with _host_boxes(model) as (hidden, boxes):
+    with _evaluating(model), _host_boxes(model) as (hidden, boxes):
+        detector = binding.adapter.detector(model)
         for batch in tqdm(images, desc="running the host", disable=not progress):
+            if not isinstance(batch, Tensor) or batch.ndim != 4:
+                raise TypeError(
+                    f"calibrate takes batches (B, 3, H, W) of images, one after another, got {_said(batch)}"
+                )
             hidden.clear()
             boxes.clear()
             logits, _ = detector(batch.to(device))
@@ -158,11 +179,14 @@ def rehearse(model: nn.Module, images: Iterable[Tensor], progress: bool = False)
             rows = torch.arange(len(chosen), device=device)[:, None]
             layers = torch.stack([h[rows, chosen] for h in hidden]), torch.stack([b[rows, chosen] for b in boxes])
             parts.append((*(layer.flatten(1, 2) for layer in layers), confidence.flatten()))
-    model.train(was_training)
     if not parts:
         raise ValueError("calibrate needs images: batches (B, 3, H, W), as the host takes them")
     hidden_states, all_boxes = (torch.cat(part, dim=1) for part in list(zip(*parts, strict=True))[:2])
     return Rehearsal(hidden_states, all_boxes[0], all_boxes, torch.cat([part[2] for part in parts]))
+
+
+def _said(batch: Any) -> str:
+    return f"a tensor {tuple(batch.shape)}" if isinstance(batch, Tensor) else f"a {type(batch).__name__}"
 
 
 @contextmanager
@@ -211,7 +235,11 @@ def agreement(fdr: FDRHead, rehearsal: Rehearsal) -> float:
 
 def spread_edges(initial_boxes: Tensor, boxes: Tensor, weights: Tensor) -> Tensor:
     """For each edge of ``(S, 4)`` boxes a Laplace distribution over the bins ``(K,)`` around it, :data:`SPREAD` wide:
-    ``(S, 4, K)`` probabilities. A bin answers for the offsets nearer to it than to its neighbours."""
+    ``(S, 4, K)`` probabilities. A bin answers for the offsets nearer to it than to its neighbours.
+
+    They decode to the boxes as far as bins lie closer together than the distribution is wide: for the default bins, to
+    0.45 sides. Beyond, where trained hosts hardly ever go, they decode to somewhere between the next two.
+    """
     offsets = edge_offsets(initial_boxes, boxes).clamp(weights[0], weights[-1])
     borders = torch.cat([weights[:1], (weights[1:] + weights[:-1]) / 2, weights[-1:]])
     density = torch.exp(-(weights - offsets[..., None]).abs() / SPREAD) * borders.diff()
@@ -237,4 +265,3 @@ def _teach(
         loss.backward()
         optimizer.step()
         schedule.step()
-    optimizer.zero_grad()

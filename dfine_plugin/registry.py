@@ -24,7 +24,9 @@ class Adapter(Protocol):
         """Raise :class:`UnsupportedModelError` if the model cannot be wrapped as it is; change nothing."""
 
     def attach(self, model: nn.Module, config: FDRConfig) -> Any:
-        """Tie the FDR head into the model, in place, and return what :meth:`detach` needs to undo it."""
+        """Tie the FDR head into the model, in place, as ``<decoder>.fdr``, and return what :meth:`detach` needs to undo
+        it. For :func:`~dfine_plugin.calibrate` that has `box_heads`, which :meth:`host_boxes` uses (none where the host
+        does not refine), and `outdated`, whether they belong to other weights than the model's."""
 
     def detach(self, model: nn.Module, retired: Any) -> None:
         """Undo :meth:`attach`."""

@@ -28,7 +28,8 @@ _ADAPTER_PARTS = {"base_layer", "original_module"}
 class Binding:
     """What ties a wrapped model to the plugin: kept on the model as a plain attribute, copied and pickled with it.
 
-    `frozen` names the host's parameters that were trainable, where the head alone is to learn.
+    `frozen` names the host's parameters that were trainable, where the head alone is to learn; `looked_at_head` is
+    whether training has been looked at for a frozen head.
     """
 
     adapter: Adapter
@@ -37,6 +38,7 @@ class Binding:
     hooks: tuple[RemovableHandle, ...]
     frozen: list[str]
     deployed: bool = False
+    looked_at_head: bool = False
 
     def remove_hooks(self) -> None:
         for handle in self.hooks:

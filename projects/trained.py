@@ -22,7 +22,8 @@ def wrap_trained(
 
     In a config: ``model = L(wrap_trained)(model=model, checkpoint="...", dataloader=dataloader.train)``, and
     ``train.init_checkpoint = ""``, for the trainer would load it once more. Where it trains on several GPUs, each
-    process calibrates and the first one's head is what all go on with.
+    process calibrates and the first one's head is what all go on with. A run that is resumed or evaluated does all this
+    again before the trainer loads its own checkpoint over it.
 
     Args:
         model: detrex's, as its config builds it.

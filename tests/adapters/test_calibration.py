@@ -94,6 +94,25 @@ def test_a_model_in_double_precision_stays_in_it(transformers_host: Host) -> Non
     assert result.before < result.after
 
 
+def test_what_goes_wrong_leaves_the_model_as_it_was(transformers_host: Host) -> None:
+    if not refines(transformers_host):
+        pytest.skip("the host does not refine boxes")
+    model = wrap(transformers_host, build(transformers_host)).train()
+    model.model.backbone.eval()
+    transformers_host.fdr(model).requires_grad_(False)
+    modes = [module.training for module in model.modules()]
+    with pytest.raises(TypeError, match=r"\(B, 3, H, W\).* got a dict"):
+        calibrate(model, [{"pixel_values": BATCHES[0]}])
+    with pytest.raises(TypeError, match=r"got a tensor \(3, 64, 64\)"):
+        calibrate(model, BATCHES[0])
+    calibrate(model, [BATCHES[0]], steps=2, progress=False)
+    assert [module.training for module in model.modules()] == modes
+    assert not any(p.requires_grad for p in transformers_host.fdr(model).parameters())
+    snapshot = copy.deepcopy(model.state_dict())
+    model.load_state_dict(snapshot)  # the same weights: the retired heads belong to them still
+    calibrate(model, [BATCHES[0]], steps=2, progress=False)
+
+
 def test_it_refuses_what_it_cannot_calibrate(host: Host) -> None:
     with pytest.raises(WrapStateError, match="is not wrapped; calibrate takes a model right after wrap_decoder"):
         calibrate(build(host), BATCHES)

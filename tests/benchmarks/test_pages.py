@@ -1,4 +1,4 @@
-"""The code on the pages of `docs` runs as it is written."""
+"""The page on trained models: its code for transformers runs as it is written."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_trained_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         "train_dataset": TrainingView(data, flip=True, seed=0),
         "collate": collate,
     }
-    train, average, _ = code("trained_models.md")
+    train, average, *_ = code("trained_models.md")
     assert "TrainingArguments(" in train
     monkeypatch.setattr("transformers.TrainingArguments", short)
     exec(train, names)

@@ -86,6 +86,25 @@ def test_other_classes_get_new_class_heads_and_all_else_stays() -> None:
         load_trained("nothing")
 
 
+def test_a_host_takes_images_as_it_was_trained_with_them(tmp_path: Path) -> None:
+    load_trained("rt-detr").save_pretrained(tmp_path)  # type: ignore[operator]
+    mean, deviation = [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]
+    preprocessing = {"do_normalize": True, "image_mean": mean, "image_std": deviation}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(preprocessing))
+    model: Any = load_trained(str(tmp_path)).eval()
+    seen: list[torch.Tensor] = []
+    model.model.backbone.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    pixels = torch.rand(2, 3, 96, 96) * 2 - 1
+    with torch.no_grad():
+        model(pixels)
+        model(pixel_values=pixels)
+    assert len(seen) == 2
+    for taken in seen:
+        for channel in range(3):
+            expected = ((pixels[:, channel] + 1) / 2 - mean[channel]) / deviation[channel]
+            torch.testing.assert_close(taken[:, channel], expected)
+
+
 def test_rows_of_the_retrofit_and_of_the_ablation_are_told_apart() -> None:
     assert parse_variants("baseline calibrated:union=true head", retrofit=True) == [
         "baseline",
@@ -97,8 +116,9 @@ def test_rows_of_the_retrofit_and_of_the_ablation_are_told_apart() -> None:
     assert [is_calibrated(row) for row in ("baseline", "wrapped", "calibrated:lqe=true", "head")] == [0, 0, 1, 1]
     with pytest.raises(ValueError, match="no row of this comparison: baseline, default"):
         parse_variants("calibrated")
-    with pytest.raises(ValueError, match="no row of this comparison: baseline, wrapped, calibrated, head"):
-        parse_variants("default", retrofit=True)
+    for row in ("default", "foo"):
+        with pytest.raises(ValueError, match="no row of this comparison: baseline, wrapped, calibrated, head"):
+            parse_variants(row, retrofit=True)
 
 
 def test_a_run_starts_from_the_trained_host() -> None:

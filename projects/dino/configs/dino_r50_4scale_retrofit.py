@@ -1,7 +1,7 @@
 """A trained DINO with R50, detrex's own of 12 epochs, goes on with FDR for one epoch more.
 
-The rate is a quarter of the host's own and falls over the epoch. Fetch the checkpoint from detrex's model zoo; another
-place: ``model.checkpoint=...`` on the command line.
+At the host's own rate, which falls over the epoch (docs/trained_models.md: a gentle rate brings little). Fetch the
+checkpoint from detrex's model zoo; another place: ``model.checkpoint=...`` on the command line.
 """
 
 from detectron2.config import LazyCall as L
@@ -17,7 +17,6 @@ STEPS = 7500  # of 16 images: an epoch of COCO
 model = L(wrap_trained)(
     model=model, checkpoint="dino_r50_4scale_12ep.pth", dataloader=dataloader.train, device=train.device
 )
-optimizer.lr = 0.25e-4
 lr_multiplier = L(WarmupParamScheduler)(
     scheduler=L(CosineParamScheduler)(start_value=1.0, end_value=0.0),
     warmup_length=100 / STEPS,
