@@ -28,6 +28,7 @@ from dfine_plugin.benchmarks.ema import make_ema
 from dfine_plugin.benchmarks.evaluation import coco_metrics, detect
 from dfine_plugin.benchmarks.hosts import HOSTS, build_host
 from dfine_plugin.benchmarks.runs import RunSettings, find_model, load_run, save_model, save_run
+from dfine_plugin.benchmarks.shapes import make_shapes
 from dfine_plugin.benchmarks.training import build_model, load_data
 from dfine_plugin.benchmarks.variants import fdr_settings, parse_variants
 
@@ -80,7 +81,7 @@ def test_saved_models_are_the_ones_that_were_evaluated(tmp_path: Path) -> None:
 def test_a_saved_model_comes_with_the_preprocessing_that_it_was_trained_with(tmp_path: Path) -> None:
     settings = replace(SETTINGS, host="deformable-detr", variant="fdr+go-lsd")
     assert find_model(tmp_path, settings) is None
-    save_model(tmp_path, settings, build_model(settings, ["shape"]))
+    save_model(tmp_path, settings, build_model(settings, make_shapes(1, 64, seed=0)))
     (folder,) = tmp_path.iterdir()
     assert find_model(tmp_path, settings) == folder
     image = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)
@@ -176,8 +177,9 @@ def rows() -> list[Any]:
 
 @pytest.mark.parametrize("host", rows())
 def test_twins_share_the_weights_of_all_they_share(host: str) -> None:
-    baseline = build_model(replace(SETTINGS, host=host), ["shape"]).state_dict()
-    wrapped = build_model(replace(SETTINGS, host=host, variant="fdr+go-lsd"), ["shape"]).state_dict()
+    data = make_shapes(1, 64, seed=0)
+    baseline = build_model(replace(SETTINGS, host=host), data).state_dict()
+    wrapped = build_model(replace(SETTINGS, host=host, variant="fdr+go-lsd"), data).state_dict()
     shared = baseline.keys() & wrapped.keys()
     # All but the box heads, which FDR replaces.
     assert not [name for name in baseline.keys() - shared if "bbox_embed" not in name]

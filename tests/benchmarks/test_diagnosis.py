@@ -93,7 +93,7 @@ def test_suppression_is_within_an_image_and_a_class() -> None:
 def test_the_last_layer_is_what_the_model_predicts(host: str, variant: str) -> None:
     settings = RunSettings(host, variant, 0, "shapes", 64, steps=1, batch_size=2, learning_rate=1e-3)
     data = make_shapes(4, 64, seed=3)
-    model = build_model(settings, data.class_names).eval()
+    model = build_model(settings, data).eval()
     # box heads start at zero, and layers alike
     torch.manual_seed(1)
     with torch.no_grad():
@@ -127,7 +127,7 @@ def test_the_last_layer_is_what_the_model_predicts(host: str, variant: str) -> N
 def test_the_last_layers_ap_is_that_of_the_evaluation() -> None:
     settings = RunSettings("rt-detr", "fdr", 0, "shapes", 64, steps=1, batch_size=2, learning_rate=1e-3)
     data = make_shapes(5, 64, seed=3)
-    model = build_model(settings, data.class_names)
+    model = build_model(settings, data)
     found = diagnose(model, data, 2, torch.device("cpu"))
     expected = coco_metrics(detect(model, data, 2, torch.device("cpu")), data.coco, data.sides)["AP"]
     assert found["AP_by_layer"]["layer 3"] == pytest.approx(expected, abs=1e-6)
