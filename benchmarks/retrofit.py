@@ -1,6 +1,6 @@
 """Is a trained detector better for the wrap? It is trained on, bare and wrapped, for as many steps, and compared.
 
-    python -m dfine_plugin.benchmarks.retrofit  # an RT-DETR that comes with the package, on the data it was trained with
+    python -m dfine_plugin.benchmarks.retrofit  # an RT-DETR that comes with the package, on its own data
     python -m dfine_plugin.benchmarks.retrofit --trained FOLDER --data COCO --image-size 640 --lr 1e-4  # your own
 
 Rows: `baseline` is the host trained on; `wrapped` starts with a fresh FDR head, `calibrated` with one that has learnt
