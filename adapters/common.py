@@ -161,6 +161,11 @@ def warn_of_frozen_head(model: Host, head: str) -> None:
         )
 
 
+def first_line(error: Exception) -> str:
+    """What an error says first, its type if nothing."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 def layer_names(sets: Sequence[dict[str, Tensor]], record: FDRRecord, of: str = "") -> dict[str, dict[str, Tensor]]:
     """Prediction sets of the last layers of a forward, by the layers' names."""
     first = len(record.boxes) - len(sets) + 1

@@ -22,7 +22,7 @@ from torch import Tensor
 from dfine_plugin.image_sizes import RT_DETR_STRIDES, check_image_size
 from dfine_plugin.wrapping import wrap_decoder
 
-from .common import Host
+from .common import Host, first_line
 
 
 class DetrexCheckpoint:
@@ -63,8 +63,7 @@ class DetrexCheckpoint:
         try:
             checkpoint = torch.load(self.weights, map_location="cpu", weights_only=True)
         except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise ValueError(f"{self.weights} cannot be read: {reason}") from error
+            raise ValueError(f"{self.weights} cannot be read: {first_line(error)}") from error
         try:
             model.load_state_dict(checkpoint["model"])
         except RuntimeError as error:  # other settings of the FDR head among them

@@ -14,7 +14,7 @@ from transformers.utils import IMAGE_PROCESSOR_NAME, logging
 
 from dfine_plugin.image_sizes import check_image_size
 
-from .common import Host
+from .common import Host, first_line
 from .transformers_saving import SETTINGS, load_pretrained
 
 IMAGE_SIZE = 640
@@ -36,7 +36,7 @@ class TransformersCheckpoint:
             if (folder / IMAGE_PROCESSOR_NAME).is_file():
                 self.processor = AutoImageProcessor.from_pretrained(folder)
         except (OSError, ValueError) as error:
-            raise ValueError(f"{folder} cannot be read: {_first_line(error)}") from error
+            raise ValueError(f"{folder} cannot be read: {first_line(error)}") from error
 
     def __str__(self) -> str:
         return self.folder.name
@@ -48,7 +48,7 @@ class TransformersCheckpoint:
         try:
             return load(self.folder, dtype=torch.float32).eval()
         except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-            raise ValueError(f"{self.folder} cannot be loaded: {_first_line(error)}") from error
+            raise ValueError(f"{self.folder} cannot be loaded: {first_line(error)}") from error
 
     def check_size(self, size: tuple[int, int]) -> None:
         """See :class:`~dfine_plugin.checkpoints.Checkpoint`."""
@@ -77,7 +77,3 @@ class TransformersCheckpoint:
     def class_names(self) -> Mapping[int, str]:
         """See :class:`~dfine_plugin.checkpoints.Checkpoint`."""
         return self.config.id2label
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]

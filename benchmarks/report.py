@@ -152,16 +152,23 @@ def markdown(results: Sequence[Result], failures: Sequence[str] = ()) -> str:
             table_row([v, _figure(ap_at_equal_time(results, v)), str(gain_at_equal_time(results, v))]) for v in compared
         ]
     lines += diagnosis(results)
-    lines += ["", "### AP of every seed", "", *table_header(["seed", *variants])]
+    lines += every_seed(results, failures)
+    if len({r["code"] for r in results}) > 1:
+        lines += ["", "These runs were made with different states of the plugin's code."]
+    lines += ["", *closing_lines(results), ""]
+    return "\n".join(lines)
+
+
+def every_seed(results: Sequence[Result], failures: Sequence[str]) -> list[str]:
+    """A table with the final AP of every run, and what failed; the lines of Markdown."""
+    variants = variants_of(results)
+    lines = ["", "### AP of every seed", "", *table_header(["seed", *variants])]
     for seed in sorted({r["settings"]["seed"] for r in results}):
         values = (by_seed(results, v, "AP").get(seed) for v in variants)
         lines.append(table_row([str(seed), *(NONE if value is None else f"{value:.2f}" for value in values)]))
     if failures:
         lines += ["", "### Failed runs", "", *(f"- {failure}" for failure in failures)]
-    if len({r["code"] for r in results}) > 1:
-        lines += ["", "These runs were made with different states of the plugin's code."]
-    lines += ["", *closing_lines(results), ""]
-    return "\n".join(lines)
+    return lines
 
 
 def diagnosis(results: Sequence[Result]) -> list[str]:
@@ -189,6 +196,15 @@ def diagnosis(results: Sequence[Result]) -> list[str]:
     return lines
 
 
+def verdict_of(difference: PairedDifference) -> str:
+    """What a paired difference in AP shows."""
+    if difference.half_width is None:
+        return "one seed gives no interval: this says nothing about a gain"
+    if difference.excludes_zero:
+        return "the 95 % interval excludes zero: a " + ("gain" if difference.mean > 0 else "LOSS")
+    return "the 95 % interval includes zero: no gain is shown"
+
+
 def closing_lines(results: Sequence[Result]) -> list[str]:
     """One sentence a variant: its gain with the interval, and what that shows, if the baseline allows a verdict."""
     lines = []
@@ -199,14 +215,7 @@ def closing_lines(results: Sequence[Result]) -> list[str]:
         if variant == BASELINE or difference is None:
             continue
         seeds = len(difference.differences)
-        if not converged:
-            verdict = f"not converged, no verdict{share}"
-        elif difference.half_width is None:
-            verdict = "one seed gives no interval: this says nothing about a gain"
-        elif difference.excludes_zero:
-            verdict = "the 95 % interval excludes zero: a " + ("gain" if difference.mean > 0 else "LOSS")
-        else:
-            verdict = "the 95 % interval includes zero: no gain is shown"
+        verdict = verdict_of(difference) if converged else f"not converged, no verdict{share}"
         lines.append(f"{variant}: AP {difference} over {seeds} paired seed{'s' * (seeds > 1)}; {verdict}.")
     return lines
 

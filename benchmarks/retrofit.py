@@ -25,7 +25,16 @@ from rich.console import Console
 
 from dfine_plugin.benchmarks.options import check_data, check_device_name, check_host_takes
 from dfine_plugin.benchmarks.paired import PairedDifference, paired_difference
-from dfine_plugin.benchmarks.report import METRICS, by_seed, figures, gain, table_header, table_row, variants_of
+from dfine_plugin.benchmarks.report import (
+    METRICS,
+    every_seed,
+    figures,
+    gain,
+    table_header,
+    table_row,
+    variants_of,
+    verdict_of,
+)
 from dfine_plugin.benchmarks.runs import Result, RetrofitSettings, write_json
 from dfine_plugin.benchmarks.scheduling import run_all
 from dfine_plugin.benchmarks.trained_hosts import IMAGE_SIZE, STEPS, facts, find_trained
@@ -76,12 +85,7 @@ def markdown(results: Sequence[Result], failures: Sequence[str] = ()) -> str:
     lines += [table_row([v, *(str(gain_at(results, v, step) or "-") for step in steps)]) for v in wrapped]
     lines += ["", f"### Gain by metric after {steps[-1]} steps", "", *table_header(["row", *METRICS])]
     lines += [table_row([v, *(str(gain(results, v, metric) or "-") for metric in METRICS)]) for v in wrapped]
-    lines += ["", "### AP of every seed", "", *table_header(["seed", *variants])]
-    for seed in seeds:
-        values = (by_seed(results, v, "AP").get(seed) for v in variants)
-        lines.append(table_row([str(seed), *("-" if value is None else f"{value:.2f}" for value in values)]))
-    if failures:
-        lines += ["", "### Failed runs", "", *(f"- {failure}" for failure in failures)]
+    lines += every_seed(results, failures)
     return "\n".join([*lines, "", *closing_lines(results), ""])
 
 
@@ -101,15 +105,9 @@ def closing_lines(results: Sequence[Result]) -> list[str]:
         kept = f"{100 * wrapped / host:.1f} % of the host's AP at step 0" if host >= 1 else "new class heads"
         gains = {step: gain_at(results, variant, step) for step in steps}
         worst = min((g.mean, step) for step, g in gains.items() if g is not None)
-        if final.half_width is None:
-            verdict = "one seed gives no interval"
-        elif final.excludes_zero:
-            verdict = "the 95 % interval excludes zero: a " + ("gain" if final.mean > 0 else "LOSS")
-        else:
-            verdict = "the 95 % interval includes zero: no gain is shown"
         lines.append(
             f"{variant}: {kept}; at worst {worst[0]:+.2f} AP (step {worst[1]}); after "
-            f"{steps[-1]} steps AP {final}, {verdict}."
+            f"{steps[-1]} steps AP {final}, {verdict_of(final)}."
         )
     return lines
 

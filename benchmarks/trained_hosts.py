@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -67,26 +68,25 @@ def load_trained(name_or_folder: str, class_names: list[str] | None = None) -> n
         model = host_class.from_pretrained(folder, config=config, dtype=torch.float32, ignore_mismatched_sizes=True)
     finally:
         transformers.logging.set_verbosity(verbosity)
-    _take_benchmarks_images(model, folder / "preprocessor_config.json")
+    _take_benchmarks_images(model, folder)
     return model
 
 
-def _take_benchmarks_images(model: nn.Module, preprocessing: Path) -> None:
-    """Let a host that was trained on images of other mean and deviation take those of `detection_data.normalise`."""
-    known: dict[str, Any] = json.loads(preprocessing.read_text()) if preprocessing.is_file() else {}
-    mean, deviation = ([0.0] * 3, [1.0] * 3)
-    if known.get("do_normalize"):
-        mean, deviation = known["image_mean"], known["image_std"]
-    if (mean, deviation) != ([0.5] * 3, [0.5] * 3):
-        model.register_forward_pre_hook(partial(_renormalise, mean, deviation), with_kwargs=True)
+def _take_benchmarks_images(model: nn.Module, folder: Path) -> None:
+    """Let a host that was trained on otherwise normalised images take those of `detection_data.normalise`."""
+    from dfine_plugin.checkpoints import open_checkpoint
+
+    own = open_checkpoint(folder).normalisation()
+    if (own["mean"], own["std"]) != ([0.5] * 3, [0.5] * 3):
+        model.register_forward_pre_hook(partial(_renormalise, own), with_kwargs=True)
 
 
 def _renormalise(
-    mean: list[float], deviation: list[float], model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    own: Mapping[str, Any], model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     pixels = args[0] if args else kwargs["pixel_values"]
-    centre, spread = (pixels.new_tensor(values)[:, None, None] for values in (mean, deviation))
-    pixels = ((pixels + 1) / 2 - centre) / spread
+    mean, deviation = (pixels.new_tensor(own[key])[:, None, None] for key in ("mean", "std"))
+    pixels = ((pixels + 1) * (127.5 * own["scale"]) - mean) / deviation
     return ((pixels, *args[1:]), kwargs) if args else ((), {**kwargs, "pixel_values": pixels})
 
 

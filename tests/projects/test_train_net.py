@@ -61,6 +61,13 @@ def train_net(config: Path, folder: Path, *arguments: str) -> str:
     return run.stdout
 
 
+def trained_baseline(configs: Path, folder: Path, steps: int) -> Path:
+    """The checkpoint of a baseline's debug config after so many steps."""
+    folder.mkdir()
+    train_net(configs / "debug_baseline.py", folder, f"train.max_iter={steps}", "train.eval_period=100")
+    return folder / "model_final.pth"
+
+
 def metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
 
@@ -98,10 +105,8 @@ def test_a_debug_config_trains_evaluates_and_resumes(host: str, tmp_path: Path) 
 @pytest.mark.usefixtures("bccd")
 def test_a_baseline_checkpoint_starts_a_plugin_config(tmp_path: Path) -> None:
     configs = ROOT / "projects/deformable_detr/configs"
-    (tmp_path / "baseline").mkdir()
     (tmp_path / "dfine").mkdir()
-    train_net(configs / "debug_baseline.py", tmp_path / "baseline", "train.max_iter=5", "train.eval_period=100")
-    checkpoint = tmp_path / "baseline/model_final.pth"
+    checkpoint = trained_baseline(configs, tmp_path / "baseline", steps=5)
     output = train_net(
         configs / "debug_dfine.py",
         tmp_path / "dfine",
@@ -117,13 +122,12 @@ def test_a_baseline_checkpoint_starts_a_plugin_config(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("bccd")
 def test_a_trained_host_goes_on_calibrated(tmp_path: Path) -> None:
     configs = ROOT / "projects/dino/configs"
-    (tmp_path / "baseline").mkdir()
     (tmp_path / "retrofit").mkdir()
-    train_net(configs / "debug_baseline.py", tmp_path / "baseline", "train.max_iter=30", "train.eval_period=100")
+    checkpoint = trained_baseline(configs, tmp_path / "baseline", steps=30)
     output = train_net(
         configs / "debug_retrofit.py",
         tmp_path / "retrofit",
-        f"model.checkpoint={tmp_path / 'baseline/model_final.pth'}",
+        f"model.checkpoint={checkpoint}",
         "train.max_iter=5",
         "train.eval_period=5",
         "train.log_period=5",
