@@ -99,6 +99,33 @@ def recast(module: nn.Module, twin: type[nn.Module]) -> type[nn.Module]:
     return former
 
 
+def keep_first_layers(model: Host, decoder: str, num_layers: int) -> None:
+    """Leave a decoder its first layers, and the lists of heads theirs; with what follows all layers' heads in a list.
+
+    That is the encoder's proposal head, which hosts look up behind those of as many layers as the decoder has.
+
+    Args:
+        model: wrapped or not.
+        decoder: the dotted name of its decoder.
+        num_layers: how many layers to keep.
+
+    Raises:
+        ValueError: the decoder does not have so many layers. Nothing is changed.
+    """
+    module = model.get_submodule(decoder)
+    total = len(module.layers)
+    if not isinstance(num_layers, int) or not 1 <= num_layers <= total:
+        raise ValueError(f"num_layers must be in [1, {total}], the decoder's layers; got {num_layers!r}")
+    module.layers = module.layers[:num_layers]
+    for owner in (model, module):
+        for name in ("bbox_embed", "class_embed"):
+            heads = getattr(owner, name, None)
+            if isinstance(heads, nn.ModuleList):  # not one head for all layers
+                setattr(owner, name, nn.ModuleList([*heads[:num_layers], *heads[total:]]))
+    if hasattr(module, "fdr"):
+        module.fdr.keep_layers(num_layers)
+
+
 def sharing_copy(module: nn.Module) -> Any:
     """A second module of the same class with the same submodules and parameters."""
     twin = copy.copy(module)

@@ -339,6 +339,11 @@ class DetrexAdapter:
         retired.restore(model, like=next(model.transformer.decoder.parameters()))
         retired.load_hook.remove()
 
+    def keep_layers(self, model: Host, num_layers: int) -> None:
+        """See :class:`~dfine_plugin.registry.Adapter`."""
+        common.keep_first_layers(model, DECODER, num_layers)
+        model.transformer.decoder.num_layers = num_layers
+
     def deploy(self, model: Host) -> None:
         """See :class:`~dfine_plugin.registry.Adapter`."""
         decoder = model.transformer.decoder

@@ -87,6 +87,11 @@ class TransformersAdapter:
         saving.forget_settings(model)
         retired.load_hook.remove()
 
+    def keep_layers(self, model: Host, num_layers: int) -> None:
+        """See :class:`~dfine_plugin.registry.Adapter`."""
+        common.keep_first_layers(model, self.decoder, num_layers)
+        retie(model)
+
     def deploy(self, model: Host) -> None:
         """See :class:`~dfine_plugin.registry.Adapter`."""
         model.model.decoder.fdr.deploy()

@@ -28,7 +28,8 @@ SETTINGS = "dfine_plugin"
 """The attribute of a wrapped model's transformers config that carries the FDRConfig into config.json and back."""
 
 DEPLOYED = "deployed"
-"""The key beside the FDRConfig's settings that says that a model was deployed before it was saved."""
+"""The key beside the FDRConfig's settings that says that a model was deployed before it was saved, and with how many
+decoder layers. The rest of ``config.json`` is the host's, and says how many there were before."""
 
 NO_FILE = "load_this_with_dfine_plugin.load_pretrained.safetensors"
 """The weights that ``config.json`` names: nobody finds the file, and the error shows its name."""
@@ -81,8 +82,9 @@ def note_settings(model: Host, config: FDRConfig) -> None:
 
 
 def note_deployment(model: Host) -> None:
-    """Note that the model is a deployed one."""
-    setattr(model.config, SETTINGS, {**getattr(model.config, SETTINGS), DEPLOYED: True})
+    """Note that the model is a deployed one, with as many decoder layers as it has now."""
+    layers = len(model.model.decoder.layers)
+    setattr(model.config, SETTINGS, {**getattr(model.config, SETTINGS), DEPLOYED: layers})
 
 
 def forget_settings(model: Host) -> None:
@@ -124,7 +126,7 @@ def load_pretrained(path: str | Path, **kwargs: Any) -> Host:
     if settings is None:
         raise ValueError(f"{path} holds no wrapped model: its config.json has no {SETTINGS!r}")
     host_class = _host_class(config.architectures[0], path)
-    deployed = settings.pop(DEPLOYED, False)
+    deployed = settings.pop(DEPLOYED, None)
     delattr(config, SETTINGS)
     config.__dict__.pop(_WEIGHTS, None)  # folders of version 0.1.0 lack it
     verbosity = transformers.logging.get_verbosity()
@@ -137,8 +139,8 @@ def load_pretrained(path: str | Path, **kwargs: Any) -> Host:
     binding = binding_of(model)
     assert binding is not None
     binding.retired.outdated = True  # from_pretrained has drawn them at random
-    if deployed:
-        deploy(model)
+    if deployed is not None:
+        deploy(model, None if deployed is True else deployed)  # true: the first ones written had all layers
     found = model.load_state_dict(_read_weights(path, kwargs.get("variant"), hub), strict=False)
     if found.missing_keys or found.unexpected_keys:
         wrong = {

@@ -5,6 +5,8 @@
     python -m dfine_plugin.benchmarks.latency --model baseline=DIR --model fdr=DIR --images FOLDER --ap ablation.json
     python -m dfine_plugin.benchmarks.latency --host rt-detr-r50 --backend tensorrt-rtx --backend torch-cudagraph
     python -m dfine_plugin.benchmarks.latency --engine theirs=dfine_l.engine --engine ours=wrapped.engine
+    python -m dfine_plugin.benchmarks.latency --model baseline=DIR --model fdr=DIR --num-layers 3 --num-layers 2 \\
+        --data shapes --image-size 96
 
 All rows run in turn, round after round, with a pause before each run; median and 95th percentile are those of all runs.
 Inputs and outputs stay on the device, and a run ends when the device has done it: no preprocessing, no copies, no
@@ -35,9 +37,9 @@ from rich.console import Console
 
 from dfine_plugin.benchmarks.backends import BACKENDS, PRECISIONS
 from dfine_plugin.benchmarks.full_size_hosts import HOSTS
-from dfine_plugin.benchmarks.options import check_device_name, check_host_takes, find_device
+from dfine_plugin.benchmarks.options import check_data, check_device_name, check_host_takes, find_device
 from dfine_plugin.benchmarks.runs import Result, write_json
-from dfine_plugin.errors import UnsupportedModelError
+from dfine_plugin.errors import DFinePluginError
 from dfine_plugin.targets import BACKENDS as ENGINE_BACKENDS
 
 if TYPE_CHECKING:
@@ -66,7 +68,16 @@ def main(
     images: Annotated[
         Path | None, typer.Option(help="folder with images for the models' parity", exists=True, file_okay=False)
     ] = None,
-    ap: Annotated[list[str] | None, typer.Option(help="NAME=AP, or an ablation.json: for the plot")] = None,
+    num_layers: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="a row of each model for each of these depths: the first decoder layers alone"),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="shapes, or a COCO-format folder: measure the models' AP on its val split")
+    ] = None,
+    ap: Annotated[
+        list[str] | None, typer.Option(help="NAME=AP, or an ablation.json: AP that was measured elsewhere")
+    ] = None,
     device: Annotated[
         str | None, typer.Option(help="cpu or cuda; default: cuda where there is one", callback=check_device_name)
     ] = None,
@@ -87,11 +98,13 @@ def main(
         host = ["rt-detr-r18"]
     for name in host or []:
         check_host_takes(name, image_size)
+    if data is not None:
+        check_data(data, ["val"])
     # from here on torch is needed, which takes seconds to import
     from dfine_plugin.benchmarks.interleaving import interleave, paired_ratio, summarise
     from dfine_plugin.benchmarks.latency_rows import build_rows
     from dfine_plugin.benchmarks.machine import GPUProbe, environment
-    from dfine_plugin.benchmarks.subjects import NUM_SCENES, find_subjects
+    from dfine_plugin.benchmarks.subjects import NUM_SCENES, find_subjects, read_data
 
     console = Console()
     where, chosen, precision, notes = _choose(device, backend, precision)
@@ -99,7 +112,10 @@ def main(
         console.print(note, soft_wrap=True)
     try:
         subjects = find_subjects(host or [], model or [], onnx or [], engine or [], image_size, images)
-    except (ValueError, OSError, UnsupportedModelError) as error:
+        if num_layers:
+            subjects = [subject.with_layers(count) for subject in subjects for count in dict.fromkeys(num_layers)]
+        split, pictures = read_data(data, image_size) if data else (None, [])
+    except (ValueError, OSError, DFinePluginError) as error:
         raise typer.BadParameter(str(error)) from error
     for subject in subjects:
         if not any(subject.runs_on(name) for name in chosen):
@@ -108,6 +124,11 @@ def main(
         known_ap = read_ap(ap or [], [subject.name for subject in subjects])
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error), param_hint="--ap") from error
+    if split is not None:
+        console.print(f"measuring AP on {len(pictures)} images ...")
+        measured = {subject.name: subject.average_precision(split, pictures) for subject in subjects}
+        known_ap = {name: value for name, value in measured.items() if value is not None} | known_ap
+        notes.append(f"AP: of the models in PyTorch, float32, on the validation split of {data}.")
     if host:
         notes.append(f"{' and '.join(host)}: fresh weights, which have a latency, and parity, but no AP.")
 
@@ -125,6 +146,7 @@ def main(
         },
         "notes": notes,
     }
+    flops = {subject.name: subject.flops() for subject in subjects}
     with TemporaryDirectory() as folder:
         rows, runners, failures = build_rows(subjects, chosen, precision, batch_size, where, Path(folder), console)
         probe = GPUProbe(where) if where.type == "cuda" else None
@@ -134,6 +156,7 @@ def main(
     for row, own in zip(rows, times, strict=True):
         row |= {"seconds": {**summarise(own), "all": own}, "ratio": paired_ratio(own, times[0])}
         row["AP"] = known_ap.get(row["model"])
+        row["flops"] = flops[row["model"]]
     result |= {"rows": rows, "failures": failures, "gpu": None if probe is None else _gpu(probe)}
     write_report(result, output, console)
     if failures:

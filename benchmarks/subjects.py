@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.functional import to_pil_image
 
+from dfine_plugin import deploy, is_wrapped
 from dfine_plugin.benchmarks.full_size_hosts import HOSTS
 from dfine_plugin.benchmarks.runners import TORCH_BACKENDS, Engine, OnnxRuntime, Runner
+from dfine_plugin.benchmarks.runs import RunSettings
 from dfine_plugin.benchmarks.settled_hosts import settled_pair
 from dfine_plugin.benchmarks.shapes import make_shapes
+from dfine_plugin.benchmarks.training import load_data
 from dfine_plugin.checkpoints import open_checkpoint
 from dfine_plugin.export import build_engine, export_onnx
+from dfine_plugin.export.coco import CocoSplit
 from dfine_plugin.export.engine import check_precision
+from dfine_plugin.export.graph import inference_module
+from dfine_plugin.export.parity import torch_detections
 from dfine_plugin.pictures import read_picture
 from dfine_plugin.registry import find_adapter
 from dfine_plugin.targets import BACKENDS as ENGINE_BACKENDS
@@ -38,6 +48,7 @@ class Subject:
         graph: an ONNX graph, in place of the model's own.
         engine: in place of one built from the graph.
         fresh: the model has never been trained.
+        preprocess: what makes ``(1, 3, S, S)`` of a picture; None where the model is fresh, or there is none.
     """
 
     name: str
@@ -46,6 +57,39 @@ class Subject:
     graph: Path | None = None
     engine: Path | None = None
     fresh: bool = False
+    preprocess: Callable[[Image.Image], Tensor] | None = None
+
+    def with_layers(self, num_layers: int) -> Subject:
+        """The subject with the first decoder layers of its model alone, named so; deployed, if wrapped.
+
+        Raises:
+            ValueError: the model does not have so many.
+            WrapStateError: it is deployed already.
+        """
+        if self.model is None:
+            return self
+        model = copy.deepcopy(self.model)
+        if is_wrapped(model):
+            deploy(model, num_layers)
+        else:
+            find_adapter(model).keep_layers(model, num_layers)
+        return replace(self, name=f"{self.name}, {num_layers} layer{'s' * (num_layers > 1)}", model=model)
+
+    def flops(self) -> int | None:
+        """Floating point operations of one image's inference, as torch counts them; None without a model."""
+        if self.model is None:
+            return None
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            inference_module(self.model)(self.images[0][None])
+        return counter.get_total_flops()
+
+    def average_precision(self, split: CocoSplit, pictures: Sequence[Image.Image]) -> float | None:
+        """AP of the model, in PyTorch and float32, on a split with these pictures; None where it is not trained."""
+        if self.model is None or self.preprocess is None:
+            return None
+        pixels = [self.preprocess(picture)[0] for picture in pictures]
+        height, width = pixels[0].shape[-2:]
+        return split.average_precision(torch_detections(self.model, pixels), (height, width))
 
     def runs_on(self, backend: str) -> bool:
         """Whether there is something of this subject that the backend can run."""
@@ -139,8 +183,8 @@ def find_subjects(
     for name, checkpoint in checkpoints:
         model = checkpoint.load()
         find_adapter(model)
-        images = [checkpoint.preprocess(picture, (image_size, image_size))[0] for picture in pictures]
-        add(Subject(name, images, model))
+        preprocess = partial(checkpoint.preprocess, size=(image_size, image_size))
+        add(Subject(name, [preprocess(picture)[0] for picture in pictures], model, preprocess=preprocess))
     for kind, specs in (("graph", graphs), ("engine", engines)):
         for spec in specs:
             name, file = _name_and_path(spec)
@@ -150,6 +194,23 @@ def find_subjects(
             given: dict[str, Any] = {kind: file}
             subjects[name] = replace(subject, **given)
     return list(subjects.values())
+
+
+def read_data(data: str, image_size: int) -> tuple[CocoSplit, list[Image.Image]]:
+    """The validation split that AP is measured on, and its pictures.
+
+    Args:
+        data: ``"shapes"``, the ablation's, or a COCO-format folder.
+        image_size: S, of the shapes.
+
+    Raises:
+        ValueError: the folder cannot be read.
+    """
+    if data != "shapes":
+        split = CocoSplit.read(Path(data))
+        return split, [read_picture(path) for path in split.image_paths()]
+    scenes = load_data(data, "val", image_size, RunSettings.val_images)
+    return CocoSplit(Path(), scenes.coco), [to_pil_image(image) for image in scenes.images]
 
 
 def _name_and_path(spec: str) -> tuple[str, Path]:

@@ -126,6 +126,9 @@ def export(
     detections: Annotated[
         int | None, typer.Option(min=1, help="put the selection of so many detections into the graph")
     ] = None,
+    num_layers: Annotated[
+        int | None, typer.Option(min=1, help="keep so many decoder layers, the first ones, of a wrapped model")
+    ] = None,
     images: Annotated[
         Path | None,
         typer.Option(exists=True, file_okay=False, help="folder of images to compare torch's and the graph's boxes on"),
@@ -144,6 +147,7 @@ def export(
     from .export.coco import CocoSplit
     from .export.parity import LARGEST_MOVE, NUM_DETECTIONS, onnx_detections, torch_detections
     from .pictures import read_picture
+    from .wrapping import deploy
 
     with _told("--data"):
         split = CocoSplit.read(data) if data else None
@@ -153,6 +157,9 @@ def export(
     checkpoint = _open(model, image_size)
     height, width = size = image_size or input_size(checkpoint)
     detector = _load(checkpoint)
+    if num_layers is not None:
+        with _told("--num-layers"):
+            deploy(detector, num_layers)
     batch = None if dynamic_batch else batch_size
     with _told():
         about = {"class_names": dict(checkpoint.class_names()), "normalisation": dict(checkpoint.normalisation())}

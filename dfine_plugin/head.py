@@ -146,6 +146,17 @@ class FDRHead(nn.Module):
         shape = torch.cat([peaks, peaks.mean(-1, keepdim=True)], dim=-1).flatten(-2)
         return mlp(shape.to(next(mlp.parameters(), shape).dtype))
 
+    def keep_layers(self, num_layers: int) -> None:
+        """Drop all layers but the first ``num_layers``, whose boxes stay as they are."""
+        self.refine = self.refine[:num_layers]
+        self.quality = self.quality[:num_layers]
+        self.num_layers = num_layers
+
+    def check_deployable(self) -> None:
+        """Raise :class:`WrapStateError` if :meth:`deploy` cannot scale the weights, for they are quantized."""
+        if self.residual_scale != 1 and not all(type(layer) is nn.Linear for layer in self._last_layers()):
+            raise WrapStateError("deploy scales weights that are quantized here: deploy the model first, then quantize")
+
     def deploy(self) -> None:
         """Drop what only training uses: the quality estimates of all layers but the last, and the residuals' scale,
         which the weights take over.
@@ -153,8 +164,7 @@ class FDRHead(nn.Module):
         Raises:
             WrapStateError: the weights cannot take it over, for they are quantized. Nothing is changed.
         """
-        if self.residual_scale != 1 and not all(type(layer) is nn.Linear for layer in self._last_layers()):
-            raise WrapStateError("deploy scales weights that are quantized here: deploy the model first, then quantize")
+        self.check_deployable()
         for layer in range(len(self.quality) - 1):
             self.quality[layer] = nn.Identity()
         with torch.no_grad():

@@ -31,6 +31,10 @@ class Adapter(Protocol):
     def detach(self, model: nn.Module, retired: Any) -> None:
         """Undo :meth:`attach`."""
 
+    def keep_layers(self, model: nn.Module, num_layers: int) -> None:
+        """Leave the decoder of a model, wrapped or not, its first layers and their heads, in place, for inference;
+        raise ``ValueError``, and change nothing, where it does not have so many."""
+
     def deploy(self, model: nn.Module) -> None:
         """Leave only what inference needs, in place."""
 

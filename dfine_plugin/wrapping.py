@@ -123,12 +123,21 @@ def unwrap_decoder(model: Model) -> Model:
     return model
 
 
-def deploy(model: Model) -> Model:
+def deploy(model: Model, num_layers: int | None = None) -> Model:
     """Leave only what inference needs, in place: no records, no losses, no parts that only training uses.
+
+    Args:
+        model: a wrapped model in evaluation mode.
+        num_layers: how many decoder layers to keep, the first ones; by default all. The model then predicts, faster,
+            what that layer predicts of the whole model: every layer has been trained to predict.
+
+    Returns:
+        The same model.
 
     Raises:
         WrapStateError: if the model is not wrapped, is deployed already, is in training mode, has adapters (LoRA) that
             are not merged, or is quantized. It is untouched.
+        ValueError: the model does not have so many layers. It is untouched.
     """
     binding = binding_of(model)
     if binding is None:
@@ -143,6 +152,9 @@ def deploy(model: Model) -> Model:
             f"{beside[0]} has adapters (LoRA or the like) beside its weights, which deploy would rescale or replace "
             "one by one; merge them first: model = peft_model.merge_and_unload()"
         )
+    model.get_submodule(f"{binding.adapter.decoder}.fdr").check_deployable()
+    if num_layers is not None:
+        binding.adapter.keep_layers(model, num_layers)
     binding.adapter.deploy(model)
     binding.remove_hooks()
     binding.retired = None

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dfine_plugin.benchmarks import detrex_configs
 from dfine_plugin.benchmarks.detrex_hosts import without_cuda_calls
 
-from .hosts import NUM_CLASSES, NUM_LAYERS, Host
+from .hosts import NUM_CLASSES, NUM_LAYERS, Host, labels
 
 
 def missing() -> str | None:
@@ -54,6 +54,21 @@ class DetrexHost(Host):
     def predict(self, model: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
         instances = [result["instances"] for result in model(batched_inputs(images))]
         return torch.stack([i.scores for i in instances]), torch.stack([i.pred_boxes.tensor for i in instances])
+
+    def predict_layers(self, model: nn.Module, images: Tensor) -> list[tuple[Tensor, Tensor]]:
+        found: list[tuple[Tensor, Tensor]] = []
+
+        def keep(criterion: nn.Module, arguments: tuple[Any, ...]) -> None:
+            if not found:  # H-Deformable-DETR's second call is for the one-to-many queries
+                sets = [*arguments[0]["aux_outputs"], arguments[0]]
+                found.extend((layer["pred_logits"], layer["pred_boxes"]) for layer in sets)
+
+        hook = model.criterion.register_forward_pre_hook(keep)
+        model.training = True  # its parts are not: it computes losses and no more
+        self.losses(model, images, labels())
+        model.training = False
+        hook.remove()
+        return found
 
     def pixels(self, images: Tensor) -> Tensor:
         return images * 255

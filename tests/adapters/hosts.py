@@ -45,6 +45,10 @@ class Host(ABC):
     def predict(self, model: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
         """All that the host predicts, in evaluation mode."""
 
+    @abstractmethod
+    def predict_layers(self, model: nn.Module, images: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Class logits and boxes of every decoder layer, as the host in evaluation mode hands them to its loss."""
+
     def pixels(self, images: Tensor) -> Tensor:
         """Images of values from 0 to 1 as the adapter's detector takes them."""
         return images

@@ -13,8 +13,10 @@ from torch.ao.quantization import quantize_dynamic
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dfine_plugin import SettingsMismatchError, WrapStateError, deploy, is_wrapped, unwrap_decoder, wrap_decoder
+from dfine_plugin.registry import find_adapter
 
 from .hosts import (
+    NUM_LAYERS,
     Host,
     assert_equal,
     build,
@@ -321,6 +323,43 @@ def test_deploy_changes_no_output(host: Host) -> None:
         unwrap_decoder(model)
     with pytest.raises(WrapStateError, match="deployed already"):
         deploy(model)
+
+
+@pytest.mark.parametrize("num_layers", range(1, NUM_LAYERS + 1))
+@torch.no_grad()
+def test_deployed_with_fewer_layers_a_model_predicts_what_its_last_one_did(host: Host, num_layers: int) -> None:
+    model = wrapped(host)
+    wanted = host.predict_layers(model, images())[num_layers - 1]
+    parameters = sum(p.numel() for p in model.parameters())
+    assert deploy(model, num_layers) is model
+    found = find_adapter(model).detector(model)(host.pixels(images()))
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+    layers = model.get_submodule(host.decoder).layers
+    assert len(layers) == num_layers
+    gone = (NUM_LAYERS - num_layers) * sum(p.numel() for p in layers[0].parameters())
+    assert sum(p.numel() for p in model.parameters()) <= parameters - gone
+    predict(host, model)
+
+
+@torch.no_grad()
+def test_a_bare_hosts_first_layers_predict_what_they_did(host: Host) -> None:
+    model = build(host)
+    wanted = host.predict_layers(model, images())[0]
+    find_adapter(model).keep_layers(model, 1)
+    found = find_adapter(model).detector(model)(host.pixels(images()))
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("num_layers", [0, -1, NUM_LAYERS + 1, 2.0, "2"])
+def test_deploy_refuses_layers_that_the_model_has_not_and_changes_nothing(host: Host, num_layers: Any) -> None:
+    model = wrapped(host)
+    expected = predict(host, model)
+    with pytest.raises(ValueError, match=r"num_layers must be in \[1, 3\], the decoder's layers; got"):
+        deploy(model, num_layers)
+    assert all(torch.equal(a, b) for a, b in zip(predict(host, model), expected, strict=True))
+    unwrap_decoder(model)
 
 
 @pytest.mark.parametrize("change", [lambda model: model, deploy], ids=["wrapped", "deployed"])

@@ -33,10 +33,11 @@ def run(path: Path, inputs: Tensor) -> list[np.ndarray]:
     return session.run(None, {"images": inputs.numpy()})
 
 
-def test_a_deployed_model_compiles_without_graph_breaks(host: Host) -> None:
+@pytest.mark.parametrize("num_layers", [None, 2])
+def test_a_deployed_model_compiles_without_graph_breaks(host: Host, num_layers: int | None) -> None:
     if "detrex-dn" in host.name:
         pytest.skip("the bare host cannot: it branches on a tensor to look for denoising queries")
-    model = deploy(wrapped(host)).requires_grad_(False)
+    model = deploy(wrapped(host), num_layers).requires_grad_(False)
     inputs = host.pixels(images(2))
     torch._dynamo.reset()
     compiled = torch.compile(find_adapter(model).detector(model), fullgraph=True, backend="eager")

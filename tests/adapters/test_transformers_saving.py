@@ -219,6 +219,16 @@ def test_a_deployed_model_comes_back_deployed(host: Host, num_layers: int, tmp_p
     assert_equal(host, model, load_pretrained(tmp_path / "again"))
 
 
+@pytest.mark.parametrize("num_layers", [1, 2])
+def test_a_model_deployed_with_fewer_layers_comes_back_with_them(host: Host, num_layers: int, tmp_path: Path) -> None:
+    model = deploy(wrapped(host), num_layers)
+    model.save_pretrained(tmp_path)
+    loaded = load_pretrained(tmp_path)
+    assert_equal(host, model, loaded)
+    assert_same_weights(model, loaded)
+    assert len(loaded.model.decoder.layers) == num_layers
+
+
 def test_what_save_pretrained_wrote_loads_as_a_state_dict(host: Host, tmp_path: Path) -> None:
     model = wrapped(host)
     model.save_pretrained(tmp_path / "wrapped")

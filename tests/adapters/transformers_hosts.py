@@ -13,7 +13,7 @@ from transformers import (
     RTDetrV2ForObjectDetection,
 )
 
-from .hosts import NUM_CLASSES, NUM_LAYERS, Host
+from .hosts import NUM_CLASSES, NUM_LAYERS, Host, labels
 
 _BACKBONE = {
     "embedding_size": 8,
@@ -84,6 +84,12 @@ class TransformersHost(Host):
     def predict(self, model: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
         outputs = model(images)
         return outputs.logits, outputs.pred_boxes
+
+    def predict_layers(self, model: nn.Module, images: Tensor) -> list[tuple[Tensor, Tensor]]:
+        outputs = model(images, labels=labels())
+        # RT-DETR's have the encoder's behind
+        sets = [(layer["logits"], layer["pred_boxes"]) for layer in outputs.auxiliary_outputs[: NUM_LAYERS - 1]]
+        return [*sets, (outputs.logits, outputs.pred_boxes)]
 
     def without_auxiliary_losses(self, model: nn.Module) -> None:
         model.config.auxiliary_loss = False

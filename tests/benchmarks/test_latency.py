@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from typer import Typer
 from typer.testing import CliRunner
 
@@ -22,10 +23,12 @@ from dfine_plugin.benchmarks.machine import describe_readings, parse_reading
 from dfine_plugin.benchmarks.runners import DTYPES, TORCH_BACKENDS, Runner, check_backend
 from dfine_plugin.benchmarks.runs import Result
 from dfine_plugin.benchmarks.subjects import Subject, find_subjects
+from dfine_plugin.benchmarks.trained_hosts import facts, find_trained
+from dfine_plugin.checkpoints import open_checkpoint
 from dfine_plugin.export.parity import Detections, torch_detections
 from dfine_plugin.targets import BACKENDS as ENGINE_BACKENDS
 
-from ..adapters.hosts import IMAGE_SIZE, wrapped
+from ..adapters.hosts import IMAGE_SIZE, NUM_LAYERS, build, wrapped
 from ..adapters.transformers_hosts import HOSTS as SMALL_HOSTS
 
 RT_DETR = SMALL_HOSTS[0]
@@ -94,7 +97,7 @@ def test_percentiles_are_those_of_all_runs_and_ratios_those_of_rounds() -> None:
 
 
 def outcome(device: str = "Tesla T4", precision: str = "fp16", image_size: int = 640, batch_size: int = 1) -> Result:
-    row = {"model": "ours", "backend": "tensorrt", "precision": precision, "ratio": 1.0, "AP": None}
+    row = {"model": "ours", "backend": "tensorrt", "precision": precision, "ratio": 1.0, "AP": None, "flops": None}
     row |= {"seconds": {"median": 0.008, "p95": 0.009, "all": [0.008, 0.009]}, "parity": "no model to compare with"}
     settings = {"precision": precision, "image_size": image_size, "batch_size": batch_size}
     settings |= {"runs": 2, "warmup": 1, "pause_ms": 200.0, "parity_images": "2 drawn scenes"}
@@ -155,6 +158,7 @@ def test_what_needs_a_gpu_says_so(backend: str) -> None:
         (("--onnx", "nowhere.onnx"), "there is no file nowhere.onnx"),
         (("--onnx", "a=b=c.onnx"), "there is no file b=c.onnx"),
         (("--host", "rt-detr-r18", "--image-size", "161"), "this host cannot take images of 161 x 161"),
+        (("--data", "nowhere"), "there is no nowhere/instances_val.json"),
         (("--device", "gpu"), "'gpu' is neither cpu nor cuda"),
         (("--images", "nowhere"), "'nowhere' does not exist"),
     ],
@@ -191,6 +195,20 @@ def test_what_a_model_cannot_take_is_told_before_it_is_loaded(tmp_path: Path) ->
     wrapped(RT_DETR).config.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="this host cannot take images of 161 x 161"):
         find_subjects([], [str(tmp_path)], [], [], 161, None)
+
+
+def test_depths_are_a_models_own(tmp_path: Path) -> None:
+    model, bare = wrapped(RT_DETR), build(RT_DETR)
+    images = [torch.zeros(3, IMAGE_SIZE, IMAGE_SIZE)]
+    for subject in (Subject("a", images, model), Subject("a", images, bare)):
+        shallow = subject.with_layers(1)
+        assert shallow.name == "a, 1 layer"
+        assert len(shallow.model.model.decoder.layers) == 1
+        assert len(subject.model.model.decoder.layers) == NUM_LAYERS
+        with pytest.raises(ValueError, match=r"num_layers must be in \[1, 3\]"):
+            subject.with_layers(4)
+    graph = Subject("g", images, graph=tmp_path / "graph.onnx")
+    assert graph.with_layers(1) is graph
 
 
 def test_ap_comes_by_name_and_from_an_ablation(tmp_path: Path) -> None:
@@ -269,6 +287,24 @@ def test_the_command_on_a_small_model(tmp_path: Path) -> None:
     assert "| wrapped | onnxruntime | fp32 |" in (output / "latency.md").read_text()
     for plot in ("latency.png", "ap_over_latency.png"):
         assert (output / plot).stat().st_size > 0
+
+
+def test_models_are_measured_layer_by_layer(tmp_path: Path) -> None:
+    """AP and floating point operations of each depth are the ablation's own and the module's sum."""
+    output = tmp_path / "out"
+    host = find_trained("deformable-detr")
+    arguments = ("--device", "cpu", "--backend", "torch", "--runs", "1", "--warmup", "0", "--pause", "0")
+    depths = ("--num-layers", "2", "--num-layers", "3")
+    sources = ("--model", f"host={host}", "--data", "shapes", "--image-size", "96")
+    invoke(*sources, *depths, *arguments, "--output", str(output))
+    shallow, whole = json.loads((output / "latency.json").read_text())["rows"]
+    assert (shallow["model"], whole["model"]) == ("host, 2 layers", "host, 3 layers")
+    assert whole["AP"] == pytest.approx(facts()["deformable-detr"]["AP"]["AP"], abs=0.05)
+    assert 0.5 * whole["AP"] < shallow["AP"] != whole["AP"]
+    assert shallow["flops"] < whole["flops"]
+    layer = open_checkpoint(host).load().model.decoder.layers[2]
+    linear = sum(2 * m.in_features * m.out_features * 30 for m in layer.modules() if isinstance(m, nn.Linear))
+    assert whole["flops"] - shallow["flops"] >= linear
 
 
 def test_a_row_that_cannot_be_built_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,7 @@ NAMES = [
 ]
 PARAMETERS = {
     "wrap_decoder": ["model", "config"],
-    "deploy": ["model"],
+    "deploy": ["model", "num_layers"],
     "calibrate": ["model", "images", "steps", "batch_size", "learning_rate", "progress"],
     "weighting_function": ["num_bins", "a", "c"],
     "decode_boxes": ["initial_boxes", "logits", "weights"],
