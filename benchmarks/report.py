@@ -152,6 +152,7 @@ def markdown(results: Sequence[Result], failures: Sequence[str] = ()) -> str:
             table_row([v, _figure(ap_at_equal_time(results, v)), str(gain_at_equal_time(results, v))]) for v in compared
         ]
     lines += diagnosis(results)
+    lines += gains_by_depth(results)
     lines += every_seed(results, failures)
     if len({r["code"] for r in results}) > 1:
         lines += ["", "These runs were made with different states of the plugin's code."]
@@ -194,6 +195,32 @@ def diagnosis(results: Sequence[Result]) -> list[str]:
         f"such detection's score, itself included. AP gained over the last quarter, of itself: {', '.join(grown)}.",
     ]
     return lines
+
+
+def ap_of_layer(results: Sequence[Result], variant: str, layer: str) -> dict[int, float]:
+    """By seed, the AP of one decoder layer of the variant: what a model with no layers behind it predicts."""
+    runs = (r for r in results if r["settings"]["variant"] == variant and r.get("diagnosis"))
+    return {r["settings"]["seed"]: ap for r in runs if (ap := r["diagnosis"]["AP_by_layer"].get(layer)) is not None}
+
+
+def gains_by_depth(results: Sequence[Result]) -> list[str]:
+    """A table with the first layers of each variant against all layers of the baseline; the lines of Markdown."""
+    found = [run["diagnosis"]["AP_by_layer"] for run in results if run.get("diagnosis")]
+    layers = sorted({name for by_layer in found for name in by_layer if name.startswith("layer")})
+    baseline = ap_of_layer(results, BASELINE, layers[-1]) if layers else {}
+    if not baseline:
+        return []
+    lines = ["", "### Fewer layers", "", *table_header(["variant", *(f"first {name[6:]}" for name in layers)])]
+    for variant in variants_of(results):
+        gains = [paired_difference(ap_of_layer(results, variant, layer), baseline) for layer in layers]
+        lines.append(table_row([variant, *(str(difference or NONE) for difference in gains)]))
+    return [
+        *lines,
+        "",
+        "AP of the first decoder layers alone, as `deploy(model, num_layers=k)` leaves them, over the AP of the whole "
+        "baseline, paired. Their latency: `python -m dfine_plugin.benchmarks.latency --num-layers`, on the models that "
+        "`--save-models` keeps.",
+    ]
 
 
 def verdict_of(difference: PairedDifference) -> str:

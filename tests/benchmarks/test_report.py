@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scipy.stats import ttest_rel
+from scipy.stats import ttest_1samp, ttest_rel
 
 from dfine_plugin.benchmarks.paired import paired_difference
 from dfine_plugin.benchmarks.report import (
@@ -12,6 +12,7 @@ from dfine_plugin.benchmarks.report import (
     ap_at_equal_time,
     closing_lines,
     diagnosis,
+    gains_by_depth,
     has_converged,
     late_growth,
     markdown,
@@ -126,6 +127,21 @@ def test_the_diagnosis_has_each_layer_of_each_variant() -> None:
         "| fdr | 20.0 | 31.0 | 41.0 | 60.0 | 1.25 | 90.0 | 70.0 |",
     ]
     assert "baseline 2.0 %, fdr 2.0 %" in lines[-1]
+
+
+def test_fewer_layers_are_compared_with_the_whole_baseline() -> None:
+    both = runs([1.0, 3.0])
+    for run in both:
+        ap = run["final"]["AP"]
+        run["diagnosis"] = {"AP_by_layer": {"initial boxes": ap - 9, "layer 1": ap - 5, "layer 2": ap}}
+    _, title, _, header, _, baseline, fdr, *_ = gains_by_depth(both)
+    assert title == "### Fewer layers"
+    assert header == "| variant | first 1 | first 2 |"
+    interval = ttest_1samp([1.0, 3.0], 0).confidence_interval(0.95)
+    half_width = (interval.high - interval.low) / 2
+    assert baseline == "| baseline | -5.00 ± 0.00 | +0.00 ± 0.00 |"
+    assert fdr == f"| fdr | -3.00 ± {half_width:.2f} | +2.00 ± {half_width:.2f} |"
+    assert gains_by_depth(runs([1.0])) == []  # no run was diagnosed
 
 
 def test_equal_time_reads_the_slower_run_where_the_baseline_had_finished() -> None:
