@@ -14,8 +14,9 @@ from torchvision.ops import batched_nms, box_convert
 
 from dfine_plugin.benchmarks.detection_data import DetectionData, normalise
 from dfine_plugin.benchmarks.evaluation import Detected, coco_metrics, read_out
+from dfine_plugin.boxes import edge_offsets, to_corners
 from dfine_plugin.record import FDRRecord
-from dfine_plugin.wrapping import is_wrapped, keep_records
+from dfine_plugin.wrapping import binding_of, is_wrapped, keep_records
 
 NMS_IOU = 0.7
 NEAR_IOU, NEAR_SCORE = 0.5, 0.5
@@ -33,28 +34,40 @@ def diagnose(model: nn.Module, data: DetectionData, batch_size: int, device: tor
 
     AP of every decoder layer, and of the initial boxes of a wrapped model; of the last layer AP after NMS at an IoU of
     0.7, AP if detections were ranked by their true IoU (what the boxes allow, were their scores right), recall at IoUs
-    of 0.5 and 0.75, and the number of near duplicates of each truth that is found, itself included (1 is the best).
+    of 0.5 and 0.75, and the number of near duplicates of each truth that is found, itself included (1 is the best). Of
+    a wrapped model also AP if every box were the best that its initial box and the bins allow (:func:`within_bins`).
     """
     was_training = model.training
     model.eval()
     layers: dict[str, list[np.ndarray]] = {}
+    frames: list[np.ndarray] = []
     for start in range(0, len(data), batch_size):
         part = slice(start, start + batch_size)
         labels = [
             {"boxes": boxes.to(device), "class_labels": classes.to(device)}
             for boxes, classes in zip(data.boxes[part], data.labels[part], strict=True)
         ]
-        for name, outputs in predict_layers(model, normalise(data.images[part].to(device)), labels).items():
+        predicted = predict_layers(model, normalise(data.images[part].to(device)), labels)
+        for name, outputs in predicted.items():
             layers.setdefault(name, []).append(read_out(*outputs, data, part))
+        if INITIAL in predicted:
+            logits, _ = [*predicted.values()][-1]
+            frames.append(read_out(logits, predicted[INITIAL][1], data, part))
     model.train(was_training)
     detections = {name: np.concatenate(parts) for name, parts in layers.items()}
     last = detections[list(detections)[-1]]
-    return {
+    found = {
         "AP_by_layer": {name: coco_metrics(rows, data.coco, data.sides)["AP"] for name, rows in detections.items()},
         "AP_after_NMS": coco_metrics(without_duplicates(last), data.coco, data.sides)["AP"],
         "AP_ranked_by_IoU": coco_metrics(ranked_by_iou(last, data.coco), data.coco, data.sides)["AP"],
         **overlaps(last, data.coco),
     }
+    if frames:
+        binding = binding_of(getattr(model, "detector", model))
+        assert binding is not None
+        best = within_bins(last, np.concatenate(frames), data.coco, binding.config.bin_values())
+        found["AP_within_bins"] = coco_metrics(best, data.coco, data.sides)["AP"]
+    return found
 
 
 def without_duplicates(detections: Detected) -> Detected:
@@ -85,6 +98,26 @@ def ranked_by_iou(detections: Detected, coco: dict[str, Any]) -> Detected:
     ranked = detections.copy()
     ranked[:, 5] = scores
     return ranked
+
+
+def within_bins(detections: Detected, frames: Detected, coco: dict[str, Any], weights: Tensor) -> Detected:
+    """The detections that overlap a truth by more than half, with the nearest box to it that their bins allow.
+
+    frames: the same detections with their initial boxes, whose edges move by W(0) to W(N) of their sides. weights: W.
+    """
+    overlap = np.full(len(detections), NEAR_IOU)
+    best = detections.copy()
+    truths = (truth for truth in coco["annotations"] if not truth.get("iscrowd"))
+    for truth, (rows, iou) in zip(truths, ious(detections, coco), strict=True):
+        nearest = iou > overlap[rows]
+        rows = rows[nearest]
+        overlap[rows] = iou[nearest]
+        frame = box_convert(torch.from_numpy(frames[rows, 1:5]), "xywh", "cxcywh")
+        target = box_convert(torch.tensor([truth["bbox"]], dtype=frame.dtype), "xywh", "cxcywh").expand_as(frame)
+        offsets = edge_offsets(frame, target).clamp(weights[0], weights[-1]) * frame[:, 2:].repeat(1, 2)
+        outwards = offsets * offsets.new_tensor([-1, -1, 1, 1])
+        best[rows, 1:5] = box_convert(to_corners(frame) + outwards, "xyxy", "xywh").numpy()
+    return best
 
 
 def overlaps(detections: Detected, coco: dict[str, Any]) -> dict[str, float]:

@@ -34,6 +34,7 @@ DIAGNOSIS = {
     "near_duplicates": "near duplicates",
     "recall50": "recall at 0.5",
     "recall75": "recall at 0.75",
+    "AP_within_bins": "AP with the best boxes that the bins allow",
 }
 """What :func:`~dfine_plugin.benchmarks.diagnosis.diagnose` finds besides AP by layer, as columns."""
 
@@ -185,7 +186,9 @@ def diagnosis(results: Sequence[Result]) -> list[str]:
     for variant, runs in found.items():
         by_layer = [[run["AP_by_layer"][name] for run in runs if name in run["AP_by_layer"]] for name in layers]
         row = [NONE if not values else f"{fmean(values):.1f}" for values in by_layer]
-        row += [f"{fmean(run[key] for run in runs):.{2 if key == 'near_duplicates' else 1}f}" for key in DIAGNOSIS]
+        for key in DIAGNOSIS:
+            values = [run[key] for run in runs if key in run]  # bins have the wrapped alone
+            row.append(f"{fmean(values):.{2 if key == 'near_duplicates' else 1}f}" if values else NONE)
         lines.append(table_row([variant, *row]))
     growth = {variant: late_growth(results, variant) for variant in found}
     grown = [f"{variant} {100 * share:.1f} %" for variant, share in growth.items() if share is not None]

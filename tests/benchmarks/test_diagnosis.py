@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from dfine_plugin import FDRConfig
 from dfine_plugin.benchmarks.detection_data import normalise
 from dfine_plugin.benchmarks.detrex_hosts import without_cuda_calls
 from dfine_plugin.benchmarks.diagnosis import (
@@ -17,6 +18,7 @@ from dfine_plugin.benchmarks.diagnosis import (
     overlaps,
     predict_layers,
     ranked_by_iou,
+    within_bins,
     without_duplicates,
 )
 from dfine_plugin.benchmarks.evaluation import coco_metrics, detect
@@ -75,6 +77,22 @@ def test_ranked_by_iou_the_better_box_comes_first() -> None:
     np.testing.assert_array_equal(ranked[:, :5], detections[:, :5])
 
 
+def test_the_best_box_is_the_truth_as_far_as_edges_can_move() -> None:
+    weights = FDRConfig(a=0.125).bin_values()  # edges move by a quarter of a side at most
+    truths = coco(TRUTH, [60.0, 60.0, 20.0, 20.0])
+    shifted = [10.0, 14.0, 20.0, 20.0]  # IoU 16 / 24 with the first truth
+    far = [40.0, 40.0, 20.0, 20.0]
+    detections = np.array([row(shifted, 0.9), row(shifted, 0.8), row(far, 0.7), row(TRUTH, 0.6, category=2)])
+    frames = detections.copy()
+    frames[1, 1:5] = [10.0, 20.0, 40.0, 20.0]
+    best = within_bins(detections, frames, truths, weights)
+    np.testing.assert_allclose(best[0, 1:5], TRUTH)
+    # left stays, top goes from 20 to 15, right from 50 to 40, bottom from 40 to 35
+    np.testing.assert_allclose(best[1, 1:5], [10.0, 15.0, 30.0, 20.0])
+    np.testing.assert_array_equal(best[2:], detections[2:])
+    np.testing.assert_array_equal(best[:, [0, 5, 6]], detections[:, [0, 5, 6]])
+
+
 def test_suppression_is_within_an_image_and_a_class() -> None:
     detections = np.array(
         [
@@ -131,4 +149,5 @@ def test_the_last_layers_ap_is_that_of_the_evaluation() -> None:
     found = diagnose(model, data, 2, torch.device("cpu"))
     expected = coco_metrics(detect(model, data, 2, torch.device("cpu")), data.coco, data.sides)["AP"]
     assert found["AP_by_layer"]["layer 3"] == pytest.approx(expected, abs=1e-6)
+    assert found["AP_within_bins"] >= found["AP_by_layer"]["layer 3"]
     assert model.training

@@ -120,11 +120,12 @@ def test_the_diagnosis_has_each_layer_of_each_variant() -> None:
             "recall75": 70.0,
         }
         run["diagnosis"] = {"AP_by_layer": layers, **rest}
+    both[1]["diagnosis"]["AP_within_bins"] = 98.0
     lines = diagnosis(both)
     assert "| variant | AP, initial boxes | AP, layer 1 | AP after NMS 0.7 | AP ranked by true IoU |" in lines[3]
     assert lines[5:7] == [
-        "| baseline | - | 30.0 | 41.0 | 60.0 | 1.25 | 90.0 | 70.0 |",
-        "| fdr | 20.0 | 31.0 | 41.0 | 60.0 | 1.25 | 90.0 | 70.0 |",
+        "| baseline | - | 30.0 | 41.0 | 60.0 | 1.25 | 90.0 | 70.0 | - |",
+        "| fdr | 20.0 | 31.0 | 41.0 | 60.0 | 1.25 | 90.0 | 70.0 | 98.0 |",
     ]
     assert "baseline 2.0 %, fdr 2.0 %" in lines[-1]
 
