@@ -7,10 +7,13 @@ The weights themselves keep the name that transformers gives them, for its Train
 """
 
 import copy
+import json
+import re
 from pathlib import Path
 from typing import Any
 
 import transformers
+from huggingface_hub import ModelCardData
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
@@ -19,6 +22,7 @@ from transformers.core_model_loading import WeightRenaming
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
+from dfine_plugin import __version__
 from dfine_plugin.config import FDRConfig
 from dfine_plugin.wrapping import binding_of, deploy, wrap_decoder
 
@@ -33,6 +37,9 @@ decoder layers. The rest of ``config.json`` is the host's, and says how many the
 
 NO_FILE = "load_this_with_dfine_plugin.load_pretrained.safetensors"
 """The weights that ``config.json`` names: nobody finds the file, and the error shows its name."""
+
+PLACE = "path/or/name"
+"""What the model card loads: a folder does not know where it will lie."""
 
 _WEIGHTS = "transformers_weights"
 """transformers' key of ``config.json`` for a file of weights of another name than its own."""
@@ -54,11 +61,57 @@ class WrappedConfig:
         """The host's, the settings, and what stops other loaders."""
         return {**super().to_dict(), SETTINGS: getattr(self, SETTINGS), _WEIGHTS: NO_FILE}  # type: ignore[misc]
 
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """The host's, and a model card where the folder has none: only this package opens it."""
+        super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
+        card = Path(save_directory) / "README.md"
+        if not card.exists():
+            card.write_text(_model_card(getattr(self, SETTINGS), self.host))  # type: ignore[attr-defined]
+
     def __copy__(self) -> PretrainedConfig:
         return _view(copy.copy(self.host), dict(getattr(self, SETTINGS)))  # type: ignore[attr-defined]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _view, (self.host, getattr(self, SETTINGS))  # type: ignore[attr-defined]
+
+
+def _model_card(settings: dict[str, Any], host: PretrainedConfig) -> str:
+    """What a folder's ``README.md`` says of a wrapped model, with the metadata that a hub reads."""
+    name = (host.architectures or [type(host).__name__])[0]
+    base = str(host.name_or_path)
+    on_a_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists()
+    data = ModelCardData(
+        library_name="dfine-plugin",
+        pipeline_tag="object-detection",
+        tags=["dfine-plugin", host.model_type],
+        base_model=base if on_a_hub else None,
+    )
+    deployed = settings.get(DEPLOYED)
+    of = f", deployed with {deployed} decoder layers" if deployed else ""
+    return f"""---
+{data.to_yaml()}
+---
+
+# {name} with D-FINE's box regression
+
+A `{name}` of transformers{of}, wrapped by [dfine-plugin](https://arxiv.org/abs/2410.13842) {__version__}: each edge of
+a box is a distribution that the decoder layers refine (FDR). Only this package opens the folder, for others would
+drop the FDR head:
+
+```python
+from dfine_plugin import load_pretrained
+
+model = load_pretrained("{PLACE}")  # this folder, or the repository's name; then a {name} like any other
+```
+
+Settings of the FDR head:
+
+```json
+{json.dumps(settings, indent=2)}
+```
+
+The package is under Apache-2.0; the weights are under the licence of their host and of the data that they were trained on.
+"""
 
 
 _view_classes: dict[type, Any] = {}

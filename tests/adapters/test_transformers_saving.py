@@ -3,14 +3,17 @@
 import copy
 import json
 import pickle
+import re
 import shutil
 import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
@@ -227,6 +230,27 @@ def test_a_model_deployed_with_fewer_layers_comes_back_with_them(host: Host, num
     assert_equal(host, model, loaded)
     assert_same_weights(model, loaded)
     assert len(loaded.model.decoder.layers) == num_layers
+
+
+def test_the_model_card_says_how_to_load_and_its_code_does(host: Host, tmp_path: Path) -> None:
+    model = wrapped(host)
+    model.save_pretrained(tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.library_name == "dfine-plugin"
+    assert model.config.model_type in card.data.tags
+    name = type(model).__name__
+    assert f"# {name} with D-FINE's box regression" in card.content
+    (settings,) = re.findall(r"```json\n(.*?)```", card.content, re.DOTALL)
+    assert FDRConfig.from_json(settings) == host.config()
+    (code,) = re.findall(r"```python\n(.*?)```", card.content, re.DOTALL)
+    found: dict[str, Any] = {}
+    exec(code.replace("path/or/name", str(tmp_path)), found)
+    assert_equal(host, found["model"], model)
+    deploy(model, 2).save_pretrained(tmp_path / "deployed")
+    assert f"`{name}` of transformers, deployed with 2 decoder layers" in (tmp_path / "deployed/README.md").read_text()
+    (tmp_path / "README.md").write_text("mine")
+    found["model"].save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
 
 
 def test_what_save_pretrained_wrote_loads_as_a_state_dict(host: Host, tmp_path: Path) -> None:

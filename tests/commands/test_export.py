@@ -22,7 +22,7 @@ from dfine_plugin.installing import install_hint
 from ..adapters.hosts import IMAGE_SIZE, wrapped
 from ..adapters.transformers_hosts import HOSTS
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "ship.md"
 # its queries are learnt, not selected: no rounding decides which of many equal ones are taken
 HOST = {host.name: host for host in HOSTS}["deformable-detr-refine"]
 
@@ -73,7 +73,7 @@ def test_export_in_half_precision_with_parity_and_ap(folders: tuple[Path, Path],
 
 
 @pytest.mark.slow
-def test_the_readmes_lines_run_a_graph_by_onnxruntime_alone(
+def test_the_pages_lines_run_a_graph_by_onnxruntime_alone(
     folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, data = folders
@@ -86,7 +86,7 @@ def test_the_readmes_lines_run_a_graph_by_onnxruntime_alone(
     code, output = run("export", "--model", tmp_path / "model", "--output", tmp_path / "model.onnx", "--detections", 20)
     assert code == 0, output
 
-    (snippet,) = (block for block in README.read_text().split("```") if "InferenceSession" in block)
+    (snippet,) = (block for block in PAGE.read_text().split("```") if "InferenceSession" in block)
     code = snippet.removeprefix("python\n").replace("if score >= 0.5:", "if True:")  # of a model that was never trained
     script = "import sys; sys.modules['torch'] = None\n" + code + "\nnp.savez('found', scores, labels, boxes, images)"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)

@@ -1,6 +1,6 @@
 """A trained DINO with R50, detrex's own of 12 epochs, goes on with FDR for one epoch more.
 
-At the host's own rate, which falls over the epoch (docs/trained_models.md: a gentle rate brings little). Fetch the
+At the host's own rate, which falls over the epoch (docs/trained-models.md: a gentle rate brings little). Fetch the
 checkpoint from detrex's model zoo; another place: ``model.checkpoint=...`` on the command line.
 """
 
