@@ -110,7 +110,8 @@ Settings of the FDR head:
 {json.dumps(settings, indent=2)}
 ```
 
-The package is under Apache-2.0; the weights are under the licence of their host and of the data that they were trained on.
+The package is under Apache-2.0; the weights are under the licence of their host and of the data that they were
+trained on.
 """
 
 
