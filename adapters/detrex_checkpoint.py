@@ -2,20 +2,18 @@
 
 import copy
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from detectron2.config import LazyCall as L
-from detectron2.config import LazyConfig, instantiate
 from detectron2.data import MetadataCatalog
 from detectron2.data import transforms as T
 from detectron2.data.detection_utils import convert_PIL_to_numpy
 from detrex.modeling.ema import EMAState
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from PIL import Image
 from torch import Tensor
 
@@ -23,6 +21,7 @@ from dfine_plugin.image_sizes import RT_DETR_STRIDES, check_image_size
 from dfine_plugin.wrapping import wrap_decoder
 
 from .common import Host, first_line
+from .detrex_config import make, parts, read_config
 
 
 class DetrexCheckpoint:
@@ -34,19 +33,21 @@ class DetrexCheckpoint:
     Args:
         folder: with ``config.yaml``.
         weights: a ``.pth`` file; None for the latest in the folder.
+        trust: packages, beside detectron2, detrex and this one, whose code its config may call.
 
     Raises:
         ValueError: the folder holds no checkpoint, or its config cannot be read here.
     """
 
-    def __init__(self, folder: Path, weights: Path | None = None) -> None:
+    def __init__(self, folder: Path, weights: Path | None = None, trust: Sequence[str] = ()) -> None:
         latest = folder / "last_checkpoint"
         if weights is None and not latest.is_file():
             raise ValueError(f"{folder} holds no checkpoint: there is no last_checkpoint in it")
         self.weights = weights or folder / latest.read_text().strip()
         if not self.weights.is_file():
             raise ValueError(f"there is no file {self.weights}")
-        self.config = _read_config(folder)
+        self.config = read_config(folder / "config.yaml")
+        self.trust = trust
         self.averaged = self.config.train.get("model_ema", {}).get("enabled", False)
         # RT-DETR of dfine_plugin.projects holds transformers' model, which takes pixels from 0 to 1
         self.holds_detector = "detector" in self.config.model
@@ -57,7 +58,7 @@ class DetrexCheckpoint:
     def load(self) -> Host:
         """See :class:`~dfine_plugin.checkpoints.Checkpoint`."""
         try:
-            model = instantiate(_on_cpu(_only_wrapped(self.config.model)))
+            model = make(_on_cpu(_only_wrapped(self.config.model)), self.trust)
         except ImportError as error:
             raise ValueError(f"{error}: detrex's checkout must be on PYTHONPATH") from error
         try:
@@ -85,7 +86,7 @@ class DetrexCheckpoint:
     def preprocess(self, image: Image.Image, size: tuple[int, int] | None = None) -> Tensor:
         """See :class:`~dfine_plugin.checkpoints.Checkpoint`."""
         mapper = self.config.dataloader.test.mapper
-        augmentation = instantiate(mapper.augmentation) if size is None else [T.Resize(size)]
+        augmentation = make(mapper.augmentation, self.trust) if size is None else [T.Resize(size)]
         inputs = T.AugInput(convert_PIL_to_numpy(image, mapper.img_format))
         T.AugmentationList(augmentation)(inputs)
         pixels = torch.from_numpy(np.ascontiguousarray(inputs.image.transpose(2, 0, 1)))[None].float()
@@ -104,26 +105,9 @@ class DetrexCheckpoint:
 
     def class_names(self) -> Mapping[int, str]:
         """See :class:`~dfine_plugin.checkpoints.Checkpoint`."""
-        names = instantiate(self.config.dataloader.test.dataset.names)
+        names = make(self.config.dataloader.test.dataset.names, self.trust)
         metadata = MetadataCatalog.get(names if isinstance(names, str) else names[0])
         return dict(enumerate(metadata.get("thing_classes", [])))
-
-
-def _read_config(folder: Path) -> DictConfig:
-    """The config of a run. Its YAML cannot be read back where it names a function of a config file, as most of detrex's
-    do; then detectron2 has pickled it as well."""
-    path = folder / "config.yaml"
-    try:
-        return LazyConfig.load(str(path))
-    except yaml.YAMLError as error:
-        pickled = path.with_name(f"{path.name}.pkl")
-        if not pickled.is_file():
-            raise ValueError(f"{path} cannot be read: {error}") from error
-    with pickled.open("rb") as file:
-        try:
-            return pickle.load(file)
-        except ImportError as error:
-            raise ValueError(f"{pickled} cannot be read: {error}; is detrex's checkout on PYTHONPATH?") from error
 
 
 def _only_wrapped(model: DictConfig) -> DictConfig:
@@ -138,15 +122,7 @@ def _only_wrapped(model: DictConfig) -> DictConfig:
 def _on_cpu(config: DictConfig) -> DictConfig:
     """A copy of a model's config with every ``device`` in it the CPU."""
     config = copy.deepcopy(config)
-    for part in _parts(config):
+    for part in parts(config):
         if "device" in part:
             part.device = "cpu"
     return config
-
-
-def _parts(config: Any) -> Iterator[DictConfig]:
-    if isinstance(config, DictConfig):
-        yield config
-        for name in config:
-            if not OmegaConf.is_missing(config, name):
-                yield from _parts(config[name])

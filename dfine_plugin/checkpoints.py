@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -76,12 +76,14 @@ def load_pretrained(path: str | Path, **kwargs: Any) -> nn.Module:
     return transformers_saving.load_pretrained(path, **kwargs)
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
+def open_checkpoint(path: str | Path, trust: Sequence[str] = ()) -> Checkpoint:
     """The checkpoint in a folder.
 
     Args:
         path: the folder that ``save_pretrained`` of a transformers model, wrapped or bare, wrote; or the output folder
             of detrex's trainer, whose latest checkpoint is taken; or one of the ``.pth`` files in there.
+        trust: packages, beside detectron2, detrex and this one, whose code a run's config may call. Nothing else of
+            what lies in the folder is run: weights are read as tensors, configs as data, and pickles not at all.
 
     Raises:
         ValueError: there is neither.
@@ -101,7 +103,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
                 f"{folder} holds a run of detrex, which needs detrex and detectron2 (see detrex's installation "
                 f"instructions): {error}"
             ) from error
-        return DetrexCheckpoint(folder, weights)
+        return DetrexCheckpoint(folder, weights, trust)
     raise ValueError(
         f"{path} holds no model: there is neither a config.json (transformers) nor a config.yaml (detrex) in {folder}"
     )

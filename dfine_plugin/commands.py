@@ -111,6 +111,10 @@ SizeOption = Annotated[
         help="pixels of the model's input; default: what the checkpoint makes of a square image",
     ),
 ]
+TrustOption = Annotated[
+    list[str] | None,
+    typer.Option(help="a package whose code the config of a run of detrex may call, beside detectron2 and detrex"),
+]
 
 
 @app.command()
@@ -138,6 +142,7 @@ def export(
         typer.Option(exists=True, file_okay=False, help="COCO-format folder: compare on its val split, AP too"),
     ] = None,
     threshold: Annotated[float, typer.Option(min=0, max=1, help="least score of detections to compare")] = 0.3,
+    trust: TrustOption = None,
 ) -> None:
     """Write a model as ONNX, and compare its detections with torch's on images; exits with 3 where they differ."""
     from tempfile import TemporaryDirectory
@@ -154,7 +159,7 @@ def export(
     paths = split.image_paths() if split else _image_files(images) if images else []
     for path in paths:
         _picture(path, "--data" if split else "--images")
-    checkpoint = _open(model, image_size)
+    checkpoint = _open(model, image_size, trust)
     height, width = size = image_size or input_size(checkpoint)
     detector = _load(checkpoint)
     if num_layers is not None:
@@ -239,6 +244,7 @@ def show(
     threshold: Annotated[float, typer.Option(min=0, max=1, help="least score of a detection")] = 0.5,
     top: Annotated[int, typer.Option(min=1, help="how many detections, the best first, to show in detail")] = 3,
     layers: Annotated[Layers, typer.Option(help="decoder layers to show")] = Layers.last,
+    trust: TrustOption = None,
     dpi: Annotated[int, typer.Option(min=20, max=1200, help="pixels an inch; the picture is 14 inches wide")] = 100,
     output: Annotated[
         Path, typer.Option(help="the picture to write", dir_okay=False, callback=_check_picture_name)
@@ -251,7 +257,7 @@ def show(
     from .wrapping import predict_distributions
 
     picture = _picture(image, "--image")
-    checkpoint = _open(model, image_size)
+    checkpoint = _open(model, image_size, trust)
     detector = _load(checkpoint)
     with _told("--model"):
         logits, _, record = predict_distributions(detector, checkpoint.preprocess(picture, image_size))
@@ -275,12 +281,12 @@ def _told(option: str | None = None) -> Iterator[None]:
         raise typer.BadParameter(str(error), param_hint=option) from error
 
 
-def _open(path: Path, size: tuple[int, int] | None) -> Checkpoint:
+def _open(path: Path, size: tuple[int, int] | None, trust: list[str] | None) -> Checkpoint:
     """The checkpoint at a path, for images of a size: nothing of its weights is read."""
     from .checkpoints import open_checkpoint
 
     with _told("--model"):
-        checkpoint = open_checkpoint(path)
+        checkpoint = open_checkpoint(path, trust or ())
     with _told("--image-size"):
         if size is not None:
             checkpoint.check_size(size)

@@ -152,7 +152,8 @@ def deploy(model: Model, num_layers: int | None = None) -> Model:
             f"{beside[0]} has adapters (LoRA or the like) beside its weights, which deploy would rescale or replace "
             "one by one; merge them first: model = peft_model.merge_and_unload()"
         )
-    model.get_submodule(f"{binding.adapter.decoder}.fdr").check_deployable()
+    head: Any = model.get_submodule(f"{binding.adapter.decoder}.fdr")
+    head.check_deployable()
     if num_layers is not None:
         binding.adapter.keep_layers(model, num_layers)
     binding.adapter.deploy(model)

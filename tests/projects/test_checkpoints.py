@@ -1,11 +1,14 @@
 """Output folders of detrex's trainer as checkpoints: export and pictures start from them."""
 
+import pickle
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -178,3 +181,121 @@ def test_the_commands_take_it(tmp_path: Path) -> None:
     picture = tmp_path / "picture.png"
     run("show", *sources, "--image", photos / "0.png", "--threshold", 0, "--top", 1, "--output", picture)
     assert picture.is_file()
+
+
+def run_of(folder: Path, **changes: Any) -> Path:
+    """A run's folder, with other things in its config."""
+    from detectron2.config import LazyConfig
+
+    config, _ = written_by_the_trainer(folder, "deformable_detr")
+    for name, value in changes.items():
+        OmegaConf.update(config, name.replace("__", "."), None, force_add=True)  # nothing of what was there stays
+        OmegaConf.update(config, name.replace("__", "."), value, force_add=True)
+    LazyConfig.save(config, str(folder / "config.yaml"))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "os.system",
+        "subprocess.check_call",
+        "builtins.eval",
+        "transformers.AutoModel.from_pretrained",
+    ],
+)
+def test_a_config_that_calls_what_is_no_models_is_refused_before_anything_runs(target: str, tmp_path: Path) -> None:
+    call = {"_target_": target, "command": "touch ran"}
+    run = open_checkpoint(run_of(tmp_path, model__model__neck=call))
+    with pytest.raises(ValueError, match=rf"the run's config calls {re.escape(target)}, and code that is neither"):
+        run.load()
+    assert not Path("ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("target", "origin"),
+    [
+        ("torch.load", "torch.serialization.load"),
+        ("torch.hub.load", "torch.hub.load"),
+        ("detectron2.config.LazyConfig.load", "detectron2.config.lazy.LazyConfig.load"),
+        ("detectron2.layers.wrappers.torch.load", "torch.serialization.load"),
+        ("detrex.modeling.ema.copy.deepcopy", "copy.deepcopy"),
+        ("dfine_plugin.projects.paper_rows.train", "dfine_plugin.projects.paper_rows.train"),
+    ],
+)
+def test_a_name_that_leads_to_no_part_of_a_model_is_refused(target: str, origin: str, tmp_path: Path) -> None:
+    run = open_checkpoint(run_of(tmp_path, model__model__neck={"_target_": target}))
+    with pytest.raises(ValueError, match=rf"calls {re.escape(target)}, which is {re.escape(origin)}: no part of"):
+        run.load()
+
+
+@pytest.mark.parametrize("where", ["dataloader.test.mapper.augmentation", "dataloader.test.dataset.names"])
+def test_what_lies_beside_the_model_is_looked_at_as_well(where: str, tmp_path: Path) -> None:
+    run = open_checkpoint(run_of(tmp_path, **{where.replace(".", "__"): {"_target_": "os.getcwd"}}))
+    with pytest.raises(ValueError, match=r"calls os\.getcwd"):
+        run.class_names() if "names" in where else run.preprocess(Image.new("RGB", (64, 64)))
+
+
+def test_yaml_and_pickles_run_nothing(tmp_path: Path) -> None:
+    ran = tmp_path / "ran"
+    run_of(tmp_path)
+    config = tmp_path / "config.yaml"
+    text = config.read_text()
+
+    class Malicious:
+        def __reduce__(self) -> Any:
+            return ran.touch, ()
+
+    (tmp_path / "config.yaml.pkl").write_bytes(pickle.dumps(Malicious()))
+    open_checkpoint(tmp_path).load()
+    for tag in ("apply", "new"):
+        config.write_text(f"{text}\nevil: !!python/object/{tag}:os.system ['touch {ran}']\n")
+        with pytest.raises(ValueError, match=r"config\.yaml cannot be read: could not determine a constructor"):
+            open_checkpoint(tmp_path)
+    # names and objects that nothing makes are no more than names
+    config.write_text(f"{text}\nevil: !!python/name:os.system\nworse: !!python/object:subprocess.Popen {{args: ls}}\n")
+    open_checkpoint(tmp_path).load()
+    torch.save({"model": Malicious()}, tmp_path / "model_0000019.pth")
+    with pytest.raises(ValueError, match=r"model_0000019\.pth cannot be read: "):
+        open_checkpoint(tmp_path).load()
+    assert not ran.exists()
+    for broken in ("a: [", "just words", "", "\x00"):
+        config.write_text(broken)
+        with pytest.raises(ValueError, match=r"config\.yaml cannot be read: "):
+            open_checkpoint(tmp_path)
+
+
+def test_a_users_own_code_runs_when_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "own_package"
+    package.mkdir()
+    (package / "__init__.py").write_text("from detrex.modeling import ChannelMapper as _Mapper\n\n\n")
+    (package / "necks.py").write_text(
+        "from detrex.modeling import ChannelMapper\n\n\nclass Neck(ChannelMapper):\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    run = tmp_path / "run"
+    run.mkdir()
+    run_of(run, model__model__neck___target_="own_package.necks.Neck")
+    with pytest.raises(ValueError, match=r"trust it \(--trust own_package\)"):
+        open_checkpoint(run).load()
+    assert type(open_checkpoint(run, trust=["own_package"]).load().neck).__name__ == "Neck"
+    with pytest.raises(ValueError, match=r"calls own_package"):
+        open_checkpoint(run, trust=["own"]).load()
+
+
+def test_every_config_of_the_projects_can_be_made_from_what_is_saved_of_it(tmp_path: Path) -> None:
+    """All that they name is trusted; no pickle is needed."""
+    from detectron2.config import LazyConfig
+
+    from dfine_plugin.adapters.detrex_checkpoint import _only_wrapped
+    from dfine_plugin.adapters.detrex_config import find_trusted, parts, read_config
+
+    checked = 0
+    for path in sorted((ROOT / "projects").glob("*/configs/*.py")):
+        LazyConfig.save(LazyConfig.load(str(path)), str(tmp_path / "config.yaml"))
+        config = read_config(tmp_path / "config.yaml")
+        for part in [*parts(_only_wrapped(config.model)), *parts(config.dataloader.test.mapper.augmentation)]:
+            if "_target_" in part:
+                find_trusted(part._target_)
+                checked += 1
+    assert checked > 100

@@ -1,0 +1,132 @@
+"""The config of a run of detrex's trainer, read so that no code runs of whoever wrote it.
+
+``config.yaml`` may name functions, and detectron2 reads it by a loader that would call them; beside it lies a pickle,
+where the YAML names what cannot be imported again. Here the YAML alone is read, as data, and what a part of it names
+is looked up, when that part is made, in libraries that hold models and nothing else.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from detectron2.config import instantiate
+from detectron2.utils.registry import locate
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from .common import first_line
+
+TRUSTED = (
+    r"detectron2\.(layers|modeling|data\.transforms)",
+    r"detrex\.(layers|modeling)",
+    r"projects\.\w+\.modeling",
+    r"torch\.nn",
+    r"dfine_plugin\.(config|wrapping|projects\.rt_detr|projects\.debug)",
+)
+"""Packages, as patterns, whose classes and functions a config may call."""
+LIBRARIES = ("detectron2", "detrex", "projects", "torch", "dfine_plugin")
+"""``projects`` is what detrex's checkout calls its hosts' package."""
+
+
+def read_config(path: Path) -> DictConfig:
+    """A run's ``config.yaml``. What it names is looked up where it is trusted, and stays a name where it is not.
+
+    Raises:
+        ValueError: the file cannot be read, or holds what only running code would make.
+    """
+    try:
+        content = yaml.load(path.read_text(), _PlainLoader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} cannot be read: it holds no config")
+    return OmegaConf.create(content, flags={"allow_objects": True})
+
+
+def make(config: Any, trust: Sequence[str] = ()) -> Any:
+    """detectron2's ``instantiate`` of a part of a config, if all that it calls is trusted.
+
+    Args:
+        config: of the part.
+        trust: further packages whose code may be run.
+
+    Raises:
+        ValueError: it names something else. Nothing has been called.
+    """
+    for part in parts(config):
+        if "_target_" in part:
+            part._target_ = find_trusted(part._target_, trust)
+    return instantiate(config)
+
+
+def find_trusted(target: Any, trust: Sequence[str] = ()) -> Any:
+    """The class or function that a config names.
+
+    Looking a name up imports the library that it begins with, so that is checked first; then where what is found there
+    comes from, for ``detectron2.layers.os.system`` is not detectron2's.
+
+    Raises:
+        ValueError: it is not trusted, or not there.
+    """
+    name = target if isinstance(target, str) else _name_of(target)
+    library = name.partition(".")[0]
+    if library not in (*LIBRARIES, *(package.partition(".")[0] for package in trust)):
+        raise ValueError(
+            f"the run's config calls {name}, and code that is neither detectron2's nor detrex's is not run unasked: "
+            f"if you know it, trust it (--trust {library})"
+        )
+    try:
+        found = locate(name)
+    except Exception as error:  # whatever a module raises at its import
+        raise ValueError(f"the run's config calls {name}, which cannot be imported: {first_line(error)}") from error
+    packages = [*TRUSTED, *(re.escape(package) for package in trust)]
+    origin = _name_of(found)
+    if not any(re.match(rf"{package}\.", origin) for package in packages):
+        raise ValueError(f"the run's config calls {name}, which is {origin}: no part of a model, and not run unasked")
+    return found
+
+
+def parts(config: Any) -> Iterator[DictConfig]:
+    """A config and all configs in it, those in lists as well."""
+    if isinstance(config, DictConfig):
+        yield config
+        for name in config:
+            if not OmegaConf.is_missing(config, name):
+                yield from parts(config[name])
+    elif isinstance(config, ListConfig):
+        for element in config:
+            yield from parts(element)
+
+
+def _name_of(found: Any) -> str:
+    return f"{getattr(found, '__module__', '')}.{getattr(found, '__qualname__', type(found).__qualname__)}"
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Reads YAML as data, with the names, tuples and dataclasses that detectron2 writes into it."""
+
+
+def _construct_name(loader: yaml.SafeLoader, name: str, node: yaml.Node) -> Any:
+    try:
+        return find_trusted(name)  # a class that a model takes as an argument
+    except ValueError:
+        return {"_target_": name}  # such as a config file's lambda: no more than a name, unless a model asks for it
+
+
+def _construct_object(loader: yaml.SafeLoader, name: str, node: yaml.Node) -> Any:
+    assert isinstance(node, yaml.MappingNode)
+    state = loader.construct_mapping(node, deep=True)
+    cls = _construct_name(loader, name, node)
+    return cls(**state) if dataclasses.is_dataclass(cls) else {"_target_": name, **state}
+
+
+def _construct_tuple(loader: yaml.SafeLoader, node: yaml.Node) -> list[Any]:
+    assert isinstance(node, yaml.SequenceNode)
+    return loader.construct_sequence(node, deep=True)
+
+
+_PlainLoader.add_multi_constructor("tag:yaml.org,2002:python/name:", _construct_name)
+_PlainLoader.add_multi_constructor("tag:yaml.org,2002:python/object:", _construct_object)
+_PlainLoader.add_constructor("tag:yaml.org,2002:python/tuple", _construct_tuple)
