@@ -201,7 +201,7 @@ class Engine(Runner):
         self.backend = backend
         _, trt = find_backend(backend)
         self.stream = torch.cuda.Stream(images.device)
-        self.runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
+        self.runtime = trt.Runtime(trt.Logger(trt.ILogger.Severity.ERROR))
         with torch.cuda.device(images.device):
             self.engine = self.runtime.deserialize_cuda_engine(path.read_bytes())
             if self.engine is None:
