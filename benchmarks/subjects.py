@@ -17,7 +17,8 @@ from torchvision.transforms.functional import to_pil_image
 
 from dfine_plugin import deploy, is_wrapped
 from dfine_plugin.benchmarks.full_size_hosts import HOSTS
-from dfine_plugin.benchmarks.runners import TORCH_BACKENDS, Engine, OnnxRuntime, Runner
+from dfine_plugin.benchmarks.quantisation import quantise
+from dfine_plugin.benchmarks.runners import OPENVINO_TYPES, TORCH_BACKENDS, Engine, OnnxRuntime, OpenVINO, Runner
 from dfine_plugin.benchmarks.runs import RunSettings
 from dfine_plugin.benchmarks.settled_hosts import settled_pair
 from dfine_plugin.benchmarks.shapes import make_shapes
@@ -119,7 +120,9 @@ class Subject:
             path = folder / f"{backend}.engine"
             build_engine(graph, path, precision=precision, backend=backend, batch_sizes=(count, count, count))
             return Engine(images, path, backend)
-        return OnnxRuntime(images, graph)
+        if backend in OPENVINO_TYPES:
+            return OpenVINO(images, graph, backend)
+        return OnnxRuntime(images, quantise(graph, folder / "int8.onnx") if backend == "onnxruntime-int8" else graph)
 
     def _graph(self, images: Tensor, precision: str, folder: Path) -> Path:
         if self.graph is not None:

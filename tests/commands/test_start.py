@@ -73,7 +73,7 @@ WRONG = [
     ("dfine_plugin.benchmarks.retrofit", "--trained", "nothing"),
     ("dfine_plugin.benchmarks.retrofit", "--image-size", "161"),
     ("dfine_plugin.benchmarks.criterion", "--truths", "many"),
-    ("dfine_plugin.benchmarks.latency", "--backend", "openvino"),
+    ("dfine_plugin.benchmarks.latency", "--backend", "tflite"),
     ("dfine_plugin.benchmarks.overhead", "--host", "yolo"),
     ("dfine_plugin.benchmarks.robustness", "nowhere"),
 ]
