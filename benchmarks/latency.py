@@ -161,6 +161,10 @@ def main(
         row |= {"seconds": {**summarise(own), "all": own}, "ratio": paired_ratio(own, times[0])}
         row["AP"] = known_ap.get(row["model"])
         row["flops"] = flops[row["model"]]
+    own_times = {(row["model"], row["backend"]): row["seconds"]["all"] for row in rows}
+    for row in rows:
+        host_times = own_times.get((row["host"], row["backend"]))
+        row["over_host"] = None if host_times is None else paired_ratio(row["seconds"]["all"], host_times)
     result |= {"rows": rows, "failures": failures, "gpu": None if probe is None else _gpu(probe)}
     write_report(result, output, console)
     if failures:

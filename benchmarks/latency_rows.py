@@ -55,7 +55,7 @@ def build_rows(
                 console.print(f"failed: {failures[-1]}", markup=False, soft_wrap=True)
                 continue
             built = subject.engine is not None and backend in ENGINE_BACKENDS
-            row = {"model": subject.name, "backend": backend, "parity": parity}
+            row = {"model": subject.name, "host": subject.host, "backend": backend, "parity": parity}
             rows.append({**row, "precision": None if built else LOWERED.get(backend, precision)})
             runners.append(runner)
     if not rows:

@@ -49,6 +49,7 @@ class Subject:
         graph: an ONNX graph, in place of the model's own.
         engine: in place of one built from the graph.
         fresh: the model has never been trained.
+        host: the name of the bare host that the model is the wrapped twin of; None where there is no such twin.
         preprocess: what makes ``(1, 3, S, S)`` of a picture; None where the model is fresh, or there is none.
     """
 
@@ -58,6 +59,7 @@ class Subject:
     graph: Path | None = None
     engine: Path | None = None
     fresh: bool = False
+    host: str | None = None
     preprocess: Callable[[Image.Image], Tensor] | None = None
 
     def with_layers(self, num_layers: int) -> Subject:
@@ -74,7 +76,8 @@ class Subject:
             deploy(model, num_layers)
         else:
             find_adapter(model).keep_layers(model, num_layers)
-        return replace(self, name=f"{self.name}, {num_layers} layer{'s' * (num_layers > 1)}", model=model)
+        depth = f", {num_layers} layer{'s' * (num_layers > 1)}"
+        return replace(self, name=self.name + depth, model=model, host=self.host and self.host + depth)
 
     def flops(self) -> int | None:
         """Floating point operations of one image's inference, as torch counts them; None without a model."""
@@ -182,7 +185,7 @@ def find_subjects(
         batch = scenes if host.startswith("detrex/") else scaled  # detrex's hosts normalise themselves
         bare, wrapped = settled_pair(host, batch)
         add(Subject(host, list(batch), bare, fresh=True))
-        add(Subject(f"{host} wrapped", list(batch), wrapped, fresh=True))
+        add(Subject(f"{host} wrapped", list(batch), wrapped, fresh=True, host=host))
     for name, checkpoint in checkpoints:
         model = checkpoint.load()
         find_adapter(model)

@@ -101,6 +101,7 @@ def test_percentiles_are_those_of_all_runs_and_ratios_those_of_rounds() -> None:
 
 def outcome(device: str = "Tesla T4", precision: str = "fp16", image_size: int = 640, batch_size: int = 1) -> Result:
     row = {"model": "ours", "backend": "tensorrt", "precision": precision, "ratio": 1.0, "AP": None, "flops": None}
+    row |= {"over_host": None}
     row |= {"seconds": {"median": 0.008, "p95": 0.009, "all": [0.008, 0.009]}, "parity": "no model to compare with"}
     settings = {"precision": precision, "image_size": image_size, "batch_size": batch_size}
     settings |= {"runs": 2, "warmup": 1, "pause_ms": 200.0, "parity_images": "2 drawn scenes"}
@@ -310,6 +311,23 @@ def test_models_are_measured_layer_by_layer(tmp_path: Path) -> None:
     layer = open_checkpoint(host).load().model.decoder.layers[2]
     linear = sum(2 * m.in_features * m.out_features * 30 for m in layer.modules() if isinstance(m, nn.Linear))
     assert whole["flops"] - shallow["flops"] >= linear
+
+
+def test_wrapped_hosts_stand_against_bare_ones_of_as_many_layers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the same backend, round by round."""
+    monkeypatch.setitem(HOSTS, "tiny", RT_DETR.build)
+    protocol = ("--device", "cpu", "--image-size", "96", "--runs", "3", "--warmup", "0", "--pause", "0")
+    depths = ("--num-layers", "2", "--num-layers", "1")
+    invoke("--host", "tiny", *depths, "--backend", "torch", *protocol, "--output", str(tmp_path))
+    rows = {row["model"]: row for row in json.loads((tmp_path / "latency.json").read_text())["rows"]}
+    assert [*rows] == ["tiny, 2 layers", "tiny, 1 layer", "tiny wrapped, 2 layers", "tiny wrapped, 1 layer"]
+    for depth in ("2 layers", "1 layer"):
+        bare, twin = (rows[f"{name}, {depth}"] for name in ("tiny", "tiny wrapped"))
+        assert bare["over_host"] is None
+        assert twin["over_host"] == np.median(np.divide(twin["seconds"]["all"], bare["seconds"]["all"]))
+        assert f"| {twin['over_host']:.3f} |" in (tmp_path / "latency.md").read_text()
 
 
 @pytest.fixture(scope="module")
