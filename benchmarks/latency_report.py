@@ -57,7 +57,7 @@ def latency_markdown(result: Result) -> str:
     size = settings["image_size"]
     lines += [
         "",
-        f"{_machine(result)}.",
+        f"{describe_machine(result)}.",
         "",
         f"Batch {settings['batch_size']}, {size}x{size}, inputs and outputs on the device; {settings['warmup']} rounds "
         f"of warm-up, then {settings['runs']} in which every row runs once, in turn, {settings['pause_ms']:g} ms "
@@ -72,7 +72,8 @@ def latency_markdown(result: Result) -> str:
     return "\n".join([*lines, ""])
 
 
-def _machine(result: Result) -> str:
+def describe_machine(result: Mapping[str, Any]) -> str:
+    """Device, threads and versions, of the ``environment`` and the ``gpu`` of a result."""
     environment, gpu = result["environment"], result["gpu"]
     device = environment["device"] + ("" if gpu is None else f", {gpu['summary']}; {environment['cpu']}")
     threads = f"{environment['threads']} thread{'s' * (environment['threads'] != 1)}"
