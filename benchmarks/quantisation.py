@@ -12,9 +12,9 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 def quantise(graph: Path, path: Path) -> Path:
     """Write a float32 graph with its products by weights (MatMul, Gemm) in int8.
 
-    Weights have a scale for each output channel, activations one that each inference takes from their own range. So no
-    images are needed to calibrate; and boxes move less than with all convolutions in int8 at ranges of calibration
-    images. Convolutions stay in float32, for onnxruntime is slow at them with ranges taken so.
+    Weights have a scale for each output channel, activations one that each inference takes from their own range, so
+    that no images are needed to calibrate. Convolutions stay in float32: onnxruntime advises ranges of calibration
+    images for those, and with them the boxes of the trained RT-DETR move further.
 
     Args:
         graph: that :func:`~dfine_plugin.export.export_onnx` wrote, in float32.
