@@ -4,6 +4,7 @@
     python -m dfine_plugin.benchmarks.latency --host rt-detr-r18
     python -m dfine_plugin.benchmarks.latency --model baseline=DIR --model fdr=DIR --images FOLDER --ap ablation.json
     python -m dfine_plugin.benchmarks.latency --host rt-detr-r50 --backend tensorrt-rtx --backend torch-cudagraph
+    python -m dfine_plugin.benchmarks.latency --device cpu --backend onnxruntime --backend openvino --backend torch
     python -m dfine_plugin.benchmarks.latency --engine theirs=dfine_l.engine --engine ours=wrapped.engine
     python -m dfine_plugin.benchmarks.latency --model baseline=DIR --model fdr=DIR --num-layers 3 --num-layers 2 \\
         --data shapes --image-size 96
@@ -35,7 +36,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from dfine_plugin.benchmarks.backends import BACKENDS, PRECISIONS
+from dfine_plugin.benchmarks.backends import BACKENDS, LOWERED, PRECISIONS
 from dfine_plugin.benchmarks.full_size_hosts import HOSTS
 from dfine_plugin.benchmarks.options import check_data, check_device_name, check_host_takes, find_device
 from dfine_plugin.benchmarks.runs import Result, write_json
@@ -94,6 +95,9 @@ def main(
         for value in values:
             if value not in known:
                 raise typer.BadParameter(f"{value!r} is not one of {', '.join(known)}", param_hint=option)
+    given = [name for name in backend or [] if name in LOWERED]
+    if given and precision not in (None, "fp32"):
+        raise typer.BadParameter(f"{', '.join(given)}: for graphs in fp32 alone", param_hint="--precision")
     if not (host or model or onnx or engine):
         host = ["rt-detr-r18"]
     for name in host or []:
@@ -157,6 +161,10 @@ def main(
         row |= {"seconds": {**summarise(own), "all": own}, "ratio": paired_ratio(own, times[0])}
         row["AP"] = known_ap.get(row["model"])
         row["flops"] = flops[row["model"]]
+    own_times = {(row["model"], row["backend"]): row["seconds"]["all"] for row in rows}
+    for row in rows:
+        host_times = own_times.get((row["host"], row["backend"]))
+        row["over_host"] = None if host_times is None else paired_ratio(row["seconds"]["all"], host_times)
     result |= {"rows": rows, "failures": failures, "gpu": None if probe is None else _gpu(probe)}
     write_report(result, output, console)
     if failures:

@@ -32,7 +32,7 @@ def latency_markdown(result: Result) -> str:
     """Table and caption of what ``latency.json`` holds."""
     rows, settings = result["rows"], result["settings"]
     with_ap = any(row["AP"] is not None for row in rows)
-    names = ["model", "backend", "precision", "median, ms", "p95, ms", "ratio", "GFLOPs", "parity"]
+    names = ["model", "backend", "precision", "median, ms", "p95, ms", "ratio", "over host", "GFLOPs", "parity"]
     names += ["AP"] if with_ap else []
     lines = table_header(names)
     for row in rows:
@@ -43,6 +43,7 @@ def latency_markdown(result: Result) -> str:
             f"{1000 * row['seconds']['median']:.2f}",
             f"{1000 * row['seconds']['p95']:.2f}",
             f"{row['ratio']:.3f}",
+            NONE if row["over_host"] is None else f"{row['over_host']:.3f}",
             NONE if row["flops"] is None else f"{row['flops'] / 1e9:.3g}",
             parity_cell(row["parity"]),
         ]
@@ -56,14 +57,14 @@ def latency_markdown(result: Result) -> str:
     size = settings["image_size"]
     lines += [
         "",
-        f"{_machine(result)}.",
+        f"{describe_machine(result)}.",
         "",
         f"Batch {settings['batch_size']}, {size}x{size}, inputs and outputs on the device; {settings['warmup']} rounds "
         f"of warm-up, then {settings['runs']} in which every row runs once, in turn, {settings['pause_ms']:g} ms "
-        "before each run; median and p95 of all runs; ratio: to the first row in the same round, median; GFLOPs: of "
-        "one image, as torch counts them. Parity: "
-        "confident detections (with fresh weights the best ones) against float32 PyTorch on the CPU, same weights, on "
-        f"{settings['parity_images']}.",
+        "before each run; median and p95 of all runs; ratio: to the first row in the same round, median; over host: "
+        "likewise, of a wrapped host to the bare one of as many layers on the same backend; GFLOPs: of one image, as "
+        "torch counts them. Parity: confident detections (with fresh weights the best ones) against float32 PyTorch "
+        f"on the CPU, same weights, on {settings['parity_images']}.",
     ]
     lines += ["", *result["notes"]] if result["notes"] else []
     if result["failures"]:
@@ -71,7 +72,8 @@ def latency_markdown(result: Result) -> str:
     return "\n".join([*lines, ""])
 
 
-def _machine(result: Result) -> str:
+def describe_machine(result: Mapping[str, Any]) -> str:
+    """Device, threads and versions, of the ``environment`` and the ``gpu`` of a result."""
     environment, gpu = result["environment"], result["gpu"]
     device = environment["device"] + ("" if gpu is None else f", {gpu['summary']}; {environment['cpu']}")
     threads = f"{environment['threads']} thread{'s' * (environment['threads'] != 1)}"

@@ -12,6 +12,7 @@ import torch
 import typer
 from rich.console import Console
 
+from dfine_plugin.benchmarks.backends import LOWERED
 from dfine_plugin.benchmarks.runners import Runner
 from dfine_plugin.benchmarks.subjects import Subject
 from dfine_plugin.export import measure_parity
@@ -54,8 +55,8 @@ def build_rows(
                 console.print(f"failed: {failures[-1]}", markup=False, soft_wrap=True)
                 continue
             built = subject.engine is not None and backend in ENGINE_BACKENDS
-            row = {"model": subject.name, "backend": backend, "precision": None if built else precision}
-            rows.append({**row, "parity": parity})
+            row = {"model": subject.name, "host": subject.host, "backend": backend, "parity": parity}
+            rows.append({**row, "precision": None if built else LOWERED.get(backend, precision)})
             runners.append(runner)
     if not rows:
         raise typer.Exit(1)

@@ -15,7 +15,8 @@ from dfine_plugin.benchmarks.report import cpu_model
 from dfine_plugin.benchmarks.timing import device_name
 
 PACKAGES = (
-    "dfine-plugin", "torch", "transformers", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt_rtx"
+    "dfine-plugin", "torch", "transformers", "onnxruntime", "onnxruntime-gpu", "openvino",
+    "tensorrt", "tensorrt-cu12", "tensorrt-cu13", "tensorrt_rtx",
 )  # fmt: skip
 FIELDS = ("driver_version", "clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")
 # the second is what drivers before 535 call the first

@@ -92,13 +92,13 @@ def _title(results: Sequence[Result]) -> str:
 
 def plot_runs(latencies: Result, path: Path) -> None:
     """Every timed run of every row over the rounds: spread, drift and outliers."""
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(9, 4), layout="constrained")
     for row in latencies["rows"]:
         milliseconds = 1000 * np.array(row["seconds"]["all"])
         (line,) = axes.plot(milliseconds, ".", markersize=4, label=_row_label(row))
         axes.axhline(1000 * row["seconds"]["median"], color=line.get_color(), linewidth=0.8)
     axes.set(xlabel="round", ylabel="ms (line: median)", title=_latency_title(latencies), ylim=(0, None))
-    axes.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside right upper")
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -1,12 +1,14 @@
 """One inference of one model on one backend, on a batch that stays on its device.
 
-Each backend has its own idea of float32: on newer GPUs PyTorch's convolutions, onnxruntime and TensorRT use TF32.
+Each backend has its own idea of float32: on newer GPUs PyTorch's convolutions, onnxruntime and TensorRT use TF32, and
+OpenVINO computes in bfloat16 on a CPU that can, unless it is told not to.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,12 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
-from dfine_plugin.benchmarks.backends import BACKENDS, CPU_BACKENDS
+from dfine_plugin.benchmarks.backends import BACKENDS, CPU_BACKENDS, LOWERED
 from dfine_plugin.export import static_sizes
 from dfine_plugin.export.engine import find_backend
 from dfine_plugin.export.graph import inference_module
 from dfine_plugin.export.parity import Detections, best_detections
+from dfine_plugin.installing import install_hint
 from dfine_plugin.targets import BACKENDS as ENGINE_BACKENDS
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -37,11 +40,30 @@ def check_backend(backend: str, device: torch.device) -> None:
     if device.type == "cpu" and backend not in CPU_BACKENDS:
         why = "the device is the CPU" if torch.cuda.is_available() else "there is none here"
         raise ValueError(f"{backend} runs on a GPU, and {why}. On a CPU run {', '.join(CPU_BACKENDS)}")
+    if device.type == "cuda" and backend in LOWERED:
+        raise ValueError(f"{backend} runs on a CPU: give --device cpu")
     if backend in ENGINE_BACKENDS:
         find_backend(backend)
+    if backend in OPENVINO_TYPES:
+        check_openvino(backend)
     cuda_missing = "CUDAExecutionProvider" not in onnxruntime.get_available_providers()
     if backend == "onnxruntime" and device.type == "cuda" and cuda_missing:
         raise ImportError("this onnxruntime has no CUDAExecutionProvider: pip install onnxruntime-gpu in its place")
+
+
+def check_openvino(backend: str) -> None:
+    """Refuse OpenVINO where it is not, and bfloat16 where the CPU has none, for it would compute in float32 instead.
+
+    Raises:
+        ImportError, ValueError: see :func:`check_backend`.
+    """
+    if find_spec("openvino") is None:
+        raise ImportError(f"openvino is not installed: {install_hint('openvino')}")
+    from openvino import Core
+
+    kinds = Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    if LOWERED[backend].upper() not in kinds:
+        raise ValueError(f"{backend} wants a CPU with {LOWERED[backend]}, and OpenVINO finds {', '.join(kinds)}")
 
 
 class Runner(ABC):
@@ -188,6 +210,43 @@ class OnnxRuntime(Runner):
         return {name: torch.from_numpy(array) for name, array in zip(names, arrays, strict=True)}
 
 
+class OpenVINO(Runner):
+    """OpenVINO on the CPU, which reads the images where they lie.
+
+    With as many threads as PyTorch has.
+
+    Raises:
+        ValueError: the graph is for images of another shape.
+    """
+
+    def __init__(self, images: Tensor, graph: Path, backend: str) -> None:
+        super().__init__(images)
+        from openvino import Core
+        from openvino import Tensor as View
+
+        settings = {
+            "INFERENCE_PRECISION_HINT": OPENVINO_TYPES[backend],
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            "PERFORMANCE_HINT": "LATENCY",
+        }
+        self.model = Core().compile_model(graph, "CPU", settings)
+        self.request = self.model.create_infer_request()
+        self.inputs = {}
+        for given in self.model.inputs:
+            name = given.get_any_name()
+            shape = [size.get_length() if size.is_static else None for size in given.get_partial_shape()]
+            _check_shape(graph, name, shape, self.images)
+            self.inputs[name] = _input(name, self.images)
+            self.request.set_tensor(given, View(self.inputs[name].numpy(), shared_memory=True))
+
+    def run(self) -> None:
+        self.request.infer()
+
+    def outputs(self) -> Mapping[str, Tensor]:
+        arrays = {output.get_any_name(): self.request.get_tensor(output).data for output in self.model.outputs}
+        return {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
+
+
 class Engine(Runner):
     """An engine of TensorRT-RTX or TensorRT, on tensors of PyTorch's.
 
@@ -201,7 +260,7 @@ class Engine(Runner):
         self.backend = backend
         _, trt = find_backend(backend)
         self.stream = torch.cuda.Stream(images.device)
-        self.runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
+        self.runtime = trt.Runtime(trt.Logger(trt.ILogger.Severity.ERROR))
         with torch.cuda.device(images.device):
             self.engine = self.runtime.deserialize_cuda_engine(path.read_bytes())
             if self.engine is None:
@@ -234,6 +293,8 @@ class Engine(Runner):
         return {name: self.tensors[name].cpu() for name in self.output_names}
 
 
+OPENVINO_TYPES = {"openvino": "f32", "openvino-bf16": "bf16"}
+"""What OpenVINO calls the precisions of its backends."""
 TORCH_BACKENDS: dict[str, type[Eager]] = {"torch": Eager, "torch-compile": Compiled, "torch-cudagraph": CUDAGraph}
 
 

@@ -17,7 +17,8 @@ from torchvision.transforms.functional import to_pil_image
 
 from dfine_plugin import deploy, is_wrapped
 from dfine_plugin.benchmarks.full_size_hosts import HOSTS
-from dfine_plugin.benchmarks.runners import TORCH_BACKENDS, Engine, OnnxRuntime, Runner
+from dfine_plugin.benchmarks.quantisation import quantise
+from dfine_plugin.benchmarks.runners import OPENVINO_TYPES, TORCH_BACKENDS, Engine, OnnxRuntime, OpenVINO, Runner
 from dfine_plugin.benchmarks.runs import RunSettings
 from dfine_plugin.benchmarks.settled_hosts import settled_pair
 from dfine_plugin.benchmarks.shapes import make_shapes
@@ -48,6 +49,7 @@ class Subject:
         graph: an ONNX graph, in place of the model's own.
         engine: in place of one built from the graph.
         fresh: the model has never been trained.
+        host: the name of the bare host that the model is the wrapped twin of; None where there is no such twin.
         preprocess: what makes ``(1, 3, S, S)`` of a picture; None where the model is fresh, or there is none.
     """
 
@@ -57,6 +59,7 @@ class Subject:
     graph: Path | None = None
     engine: Path | None = None
     fresh: bool = False
+    host: str | None = None
     preprocess: Callable[[Image.Image], Tensor] | None = None
 
     def with_layers(self, num_layers: int) -> Subject:
@@ -73,7 +76,8 @@ class Subject:
             deploy(model, num_layers)
         else:
             find_adapter(model).keep_layers(model, num_layers)
-        return replace(self, name=f"{self.name}, {num_layers} layer{'s' * (num_layers > 1)}", model=model)
+        depth = f", {num_layers} layer{'s' * (num_layers > 1)}"
+        return replace(self, name=self.name + depth, model=model, host=self.host and self.host + depth)
 
     def flops(self) -> int | None:
         """Floating point operations of one image's inference, as torch counts them; None without a model."""
@@ -119,7 +123,9 @@ class Subject:
             path = folder / f"{backend}.engine"
             build_engine(graph, path, precision=precision, backend=backend, batch_sizes=(count, count, count))
             return Engine(images, path, backend)
-        return OnnxRuntime(images, graph)
+        if backend in OPENVINO_TYPES:
+            return OpenVINO(images, graph, backend)
+        return OnnxRuntime(images, quantise(graph, folder / "int8.onnx") if backend == "onnxruntime-int8" else graph)
 
     def _graph(self, images: Tensor, precision: str, folder: Path) -> Path:
         if self.graph is not None:
@@ -179,7 +185,7 @@ def find_subjects(
         batch = scenes if host.startswith("detrex/") else scaled  # detrex's hosts normalise themselves
         bare, wrapped = settled_pair(host, batch)
         add(Subject(host, list(batch), bare, fresh=True))
-        add(Subject(f"{host} wrapped", list(batch), wrapped, fresh=True))
+        add(Subject(f"{host} wrapped", list(batch), wrapped, fresh=True, host=host))
     for name, checkpoint in checkpoints:
         model = checkpoint.load()
         find_adapter(model)

@@ -64,9 +64,8 @@ def build_engine(
     backend, trt = find_backend(backend)
     logger = _logger(trt)
     builder = trt.Builder(logger)
-    # newer versions type every network strongly and have no flag for it
-    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
-    network = builder.create_network(0 if flag is None else 1 << int(flag))
+    # from TensorRT 11 on every network is typed strongly, and the flag is ignored
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(onnx_path)):
         errors = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors))

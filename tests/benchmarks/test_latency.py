@@ -1,26 +1,29 @@
 """Latency: the protocol against a clock that is told what to show, what is made of times, and the command on a CPU."""
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from torch import nn
 from typer import Typer
 from typer.testing import CliRunner
 
-from dfine_plugin.benchmarks import latency, subjects
-from dfine_plugin.benchmarks.backends import BACKENDS, CPU_BACKENDS, PRECISIONS
+from dfine_plugin.benchmarks import latency, runners, subjects
+from dfine_plugin.benchmarks.backends import BACKENDS, CPU_BACKENDS, LOWERED, PRECISIONS
 from dfine_plugin.benchmarks.full_size_hosts import HOSTS
 from dfine_plugin.benchmarks.interleaving import interleave, paired_ratio, summarise
 from dfine_plugin.benchmarks.latency import read_ap
 from dfine_plugin.benchmarks.latency_report import PUBLISHED_T4, latency_markdown, parity_cell
 from dfine_plugin.benchmarks.latency_rows import count_near, measure_row
 from dfine_plugin.benchmarks.machine import describe_readings, parse_reading
-from dfine_plugin.benchmarks.runners import DTYPES, TORCH_BACKENDS, Runner, check_backend
+from dfine_plugin.benchmarks.runners import DTYPES, OPENVINO_TYPES, TORCH_BACKENDS, OpenVINO, Runner, check_backend
 from dfine_plugin.benchmarks.runs import Result
 from dfine_plugin.benchmarks.subjects import Subject, find_subjects
 from dfine_plugin.benchmarks.trained_hosts import facts, find_trained
@@ -98,6 +101,7 @@ def test_percentiles_are_those_of_all_runs_and_ratios_those_of_rounds() -> None:
 
 def outcome(device: str = "Tesla T4", precision: str = "fp16", image_size: int = 640, batch_size: int = 1) -> Result:
     row = {"model": "ours", "backend": "tensorrt", "precision": precision, "ratio": 1.0, "AP": None, "flops": None}
+    row |= {"over_host": None}
     row |= {"seconds": {"median": 0.008, "p95": 0.009, "all": [0.008, 0.009]}, "parity": "no model to compare with"}
     settings = {"precision": precision, "image_size": image_size, "batch_size": batch_size}
     settings |= {"runs": 2, "warmup": 1, "pause_ms": 200.0, "parity_images": "2 drawn scenes"}
@@ -135,7 +139,8 @@ def test_readings_of_nvidia_smi() -> None:
 
 
 def test_every_name_of_a_backend_and_a_precision_stands_for_one() -> None:
-    assert set(BACKENDS) - {"onnxruntime", *ENGINE_BACKENDS} == TORCH_BACKENDS.keys()
+    assert set(BACKENDS) - {"onnxruntime", *LOWERED, *ENGINE_BACKENDS} == TORCH_BACKENDS.keys()
+    assert LOWERED.keys() == {"onnxruntime-int8", *OPENVINO_TYPES}
     assert set(PRECISIONS) == DTYPES.keys()
 
 
@@ -151,7 +156,8 @@ def test_what_needs_a_gpu_says_so(backend: str) -> None:
     [
         (("--backend", "tensorrt-rtx"), "tensorrt-rtx runs on a GPU, and there is none here"),
         (("--device", "cuda"), "there is no GPU here"),
-        (("--backend", "openvino"), "'openvino' is not one of torch,"),
+        (("--backend", "tflite"), "'tflite' is not one of torch,"),
+        (("--backend", "openvino", "--precision", "bf16"), "openvino: for graphs in fp32 alone"),
         (("--precision", "int8"), "'int8' is not one of fp32"),
         (("--host", "yolo"), "'yolo' is not one of rt-detr-r18"),
         (("--model", "nowhere"), "nowhere holds no model"),
@@ -173,7 +179,7 @@ def test_what_runs_where(tmp_path: Path) -> None:
         file.touch()
     graph, engine = find_subjects([], [], [f"g={files['graph']}"], [str(files["engine"])], 32, None)
     assert (graph.name, engine.name) == ("g", "engine")
-    assert [name for name in BACKENDS if graph.runs_on(name)] == ["onnxruntime", "tensorrt-rtx", "tensorrt"]
+    assert [name for name in BACKENDS if graph.runs_on(name)] == ["onnxruntime", *LOWERED, "tensorrt-rtx", "tensorrt"]
     assert [name for name in BACKENDS if engine.runs_on(name)] == ["tensorrt-rtx", "tensorrt"]
     (both,) = find_subjects([], [], [f"g={files['graph']}"], [f"g={files['engine']}"], 32, None)
     assert (both.graph, both.engine) == (files["graph"], files["engine"])
@@ -307,6 +313,80 @@ def test_models_are_measured_layer_by_layer(tmp_path: Path) -> None:
     assert whole["flops"] - shallow["flops"] >= linear
 
 
+def test_wrapped_hosts_stand_against_bare_ones_of_as_many_layers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the same backend, round by round."""
+    monkeypatch.setitem(HOSTS, "tiny", RT_DETR.build)
+    protocol = ("--device", "cpu", "--image-size", "96", "--runs", "3", "--warmup", "0", "--pause", "0")
+    depths = ("--num-layers", "2", "--num-layers", "1")
+    invoke("--host", "tiny", *depths, "--backend", "torch", *protocol, "--output", str(tmp_path))
+    rows = {row["model"]: row for row in json.loads((tmp_path / "latency.json").read_text())["rows"]}
+    assert [*rows] == ["tiny, 2 layers", "tiny, 1 layer", "tiny wrapped, 2 layers", "tiny wrapped, 1 layer"]
+    for depth in ("2 layers", "1 layer"):
+        bare, twin = (rows[f"{name}, {depth}"] for name in ("tiny", "tiny wrapped"))
+        assert bare["over_host"] is None
+        assert twin["over_host"] == np.median(np.divide(twin["seconds"]["all"], bare["seconds"]["all"]))
+        assert f"| {twin['over_host']:.3f} |" in (tmp_path / "latency.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Subject, list[Detections], Path]:
+    """The RT-DETR that comes with the package, what it detects, and a folder for its graphs."""
+    (subject,) = find_subjects([], [str(find_trained("rt-detr"))], [], [], 96, None)
+    assert subject.model is not None
+    return subject, torch_detections(subject.model, subject.images), tmp_path_factory.mktemp("graphs")
+
+
+def run_trained(trained: tuple[Subject, list[Detections], Path], backend: str) -> tuple[Runner, dict[str, Any]]:
+    """A backend's runner of the trained host, and its parity."""
+    subject, expected, folder = trained
+    runner = subject.runner(backend, subject.images[0][None], "fp32", folder)
+    parity = measure_row(runner, subject, expected)
+    assert isinstance(parity, dict)
+    assert parity["num_detections"] > 5
+    return runner, parity
+
+
+def test_openvino_detects_what_torch_does(trained: tuple[Subject, list[Detections], Path]) -> None:
+    """In float32 and on as many threads, where its own choice would be bfloat16 on newer CPUs."""
+    openvino = pytest.importorskip("openvino", reason="OpenVINO is not installed: the extra 'openvino'")
+    check_backend("openvino", CPU)
+    runner, parity = run_trained(trained, "openvino")
+    assert parity["passed"]
+    assert parity["max_move"] < 1e-2
+    assert isinstance(runner, OpenVINO)
+    assert runner.model.get_property("INFERENCE_PRECISION_HINT") == openvino.Type.f32
+    assert runner.model.get_property("INFERENCE_NUM_THREADS") == torch.get_num_threads()
+    subject, _, folder = trained
+    with pytest.raises(ValueError, match=r"takes images of shape \(1, 3, 96, 96\), and is to run on \(2, 3, 96, 96\)"):
+        subject.runner("openvino", torch.stack(list(subject.images)), "fp32", folder)
+
+
+def test_openvino_that_is_not_here_or_would_round_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    openvino = pytest.importorskip("openvino", reason="OpenVINO is not installed: the extra 'openvino'")
+    with monkeypatch.context() as older:
+        older.setattr(openvino.Core, "get_property", lambda core, device, name: ["FP32", "INT8"])
+        check_backend("openvino", CPU)
+        with pytest.raises(ValueError, match="openvino-bf16 wants a CPU with bf16, and OpenVINO finds FP32, INT8"):
+            check_backend("openvino-bf16", CPU)
+    monkeypatch.setattr(runners, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"openvino is not installed: pip install .*\[openvino\]"):
+        check_backend("openvino", CPU)
+
+
+def test_products_by_weights_are_of_eight_bits(trained: tuple[Subject, list[Detections], Path]) -> None:
+    """And nothing else is; how far boxes move is measured, not bounded."""
+    _, parity = run_trained(trained, "onnxruntime-int8")
+    assert 0 < parity["max_move"] < 96
+    exact, rounded = (onnx.load(trained[2] / name).graph for name in ("model.onnx", "int8.onnx"))
+    weights = {tensor.name for tensor in exact.initializer}
+    by_weights = [node for node in exact.node if node.op_type in ("MatMul", "Gemm") and node.input[1] in weights]
+    kinds = Counter(node.op_type for node in rounded.node)
+    assert kinds["MatMulInteger"] == len(by_weights) > 40
+    assert kinds["ConvInteger"] == 0
+
+
 def test_a_row_that_cannot_be_built_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And the other is measured all the same."""
     model = wrapped(RT_DETR)
@@ -350,7 +430,7 @@ def test_a_settled_host_tells_places_apart(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", sorted(set(BACKENDS) - set(LOWERED)))
 def test_a_backend_on_a_gpu(backend: str, tmp_path: Path) -> None:
     device = torch.device("cuda")
     try:

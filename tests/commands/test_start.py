@@ -21,6 +21,7 @@ COMMANDS = {
     "dfine_plugin.benchmarks.trained_hosts": [],
     "dfine_plugin.benchmarks.criterion": [],
     "dfine_plugin.benchmarks.latency": [],
+    "dfine_plugin.benchmarks.latency_profile": [],
     "dfine_plugin.benchmarks.overhead": [],
     "dfine_plugin.benchmarks.robustness": [],
     "dfine_plugin.projects.paper_rows": ["train", "show"],
@@ -73,7 +74,8 @@ WRONG = [
     ("dfine_plugin.benchmarks.retrofit", "--trained", "nothing"),
     ("dfine_plugin.benchmarks.retrofit", "--image-size", "161"),
     ("dfine_plugin.benchmarks.criterion", "--truths", "many"),
-    ("dfine_plugin.benchmarks.latency", "--backend", "openvino"),
+    ("dfine_plugin.benchmarks.latency", "--backend", "tflite"),
+    ("dfine_plugin.benchmarks.latency_profile", "--host", "yolo"),
     ("dfine_plugin.benchmarks.overhead", "--host", "yolo"),
     ("dfine_plugin.benchmarks.robustness", "nowhere"),
 ]
