@@ -257,6 +257,8 @@ def show(
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, dpi=dpi)
     typer.echo(f"{len(detections)} of score {threshold} or above, {min(top, len(detections))} in detail: {output}")
+    for number, detection in enumerate(detections[:top], start=1):
+        typer.echo(f"{number} {detection}")
 
 
 @contextmanager
