@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,11 +39,19 @@ def find_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def check_data(data: str) -> None:
-    """Refuse what is neither the embedded data nor a COCO folder."""
-    needed = [] if data == "shapes" else [Path(data) / name for name in ("instances_train.json", "instances_val.json")]
+def check_data(data: str, splits: Sequence[str] = ("train", "val")) -> None:
+    """Refuse what is neither the embedded data nor a COCO folder with these splits."""
+    needed = [] if data == "shapes" else [Path(data) / f"instances_{split}.json" for split in splits]
     if missing := [str(path) for path in needed if not path.is_file()]:
         raise typer.BadParameter(
             f"there is no {' and no '.join(missing)}: give 'shapes' or a folder with these and images/",
             param_hint="--data",
         )
+
+
+def name_and_path(spec: str) -> tuple[str, Path]:
+    """The two parts of ``[NAME=]PATH``; without a name it is the folder's, or the file's without its suffix."""
+    name, equals, path = spec.partition("=")
+    if Path(spec).exists() or not equals:  # a folder's own name may have an equals sign
+        return Path(spec).resolve().stem if Path(spec).is_file() else Path(spec).resolve().name, Path(spec)
+    return name, Path(path)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image
 
 from dfine_plugin.benchmarks.full_size_hosts import HOSTS
+from dfine_plugin.benchmarks.options import name_and_path
 from dfine_plugin.benchmarks.runners import TORCH_BACKENDS, Engine, OnnxRuntime, Runner
 from dfine_plugin.benchmarks.settled_hosts import settled_pair
 from dfine_plugin.benchmarks.shapes import make_shapes
@@ -112,10 +113,10 @@ def find_subjects(
         UnsupportedModelError: no adapter knows the model.
     """
     # all that can be wrong with what was given, before anything that takes long
-    checkpoints = [(name, open_checkpoint(folder)) for name, folder in map(_name_and_path, models)]
+    checkpoints = [(name, open_checkpoint(folder)) for name, folder in map(name_and_path, models)]
     for _, checkpoint in checkpoints:
         checkpoint.check_size((image_size, image_size))
-    for _, file in map(_name_and_path, (*graphs, *engines)):
+    for _, file in map(name_and_path, (*graphs, *engines)):
         if not file.is_file():
             raise ValueError(f"there is no file {file}")
     drawn = make_shapes(NUM_SCENES, image_size, seed=0).images
@@ -143,20 +144,13 @@ def find_subjects(
         add(Subject(name, images, model))
     for kind, specs in (("graph", graphs), ("engine", engines)):
         for spec in specs:
-            name, file = _name_and_path(spec)
+            name, file = name_and_path(spec)
             subject = subjects.get(name, Subject(name, list(scaled)))
             if getattr(subject, kind) is not None:
                 raise ValueError(f"{name!r} has two files of one kind; name one of them: NAME=PATH")
             given: dict[str, Any] = {kind: file}
             subjects[name] = replace(subject, **given)
     return list(subjects.values())
-
-
-def _name_and_path(spec: str) -> tuple[str, Path]:
-    name, equals, path = spec.partition("=")
-    if Path(spec).exists() or not equals:  # a folder's own name may have an equals sign
-        return Path(spec).resolve().stem if Path(spec).is_file() else Path(spec).resolve().name, Path(spec)
-    return name, Path(path)
 
 
 def _open_all(folder: Path) -> list[Image.Image]:

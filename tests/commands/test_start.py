@@ -23,6 +23,7 @@ COMMANDS = {
     "dfine_plugin.benchmarks.latency": [],
     "dfine_plugin.benchmarks.overhead": [],
     "dfine_plugin.benchmarks.robustness": [],
+    "dfine_plugin.benchmarks.uncertainty": [],
     "dfine_plugin.projects.paper_rows": ["train", "show"],
 }
 
@@ -76,6 +77,8 @@ WRONG = [
     ("dfine_plugin.benchmarks.latency", "--backend", "openvino"),
     ("dfine_plugin.benchmarks.overhead", "--host", "yolo"),
     ("dfine_plugin.benchmarks.robustness", "nowhere"),
+    ("dfine_plugin.benchmarks.uncertainty", "nowhere"),
+    ("dfine_plugin.benchmarks.uncertainty", ".", "--data", "nowhere"),
 ]
 
 
