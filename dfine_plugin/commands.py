@@ -126,6 +126,9 @@ def export(
     detections: Annotated[
         int | None, typer.Option(min=1, help="put the selection of so many detections into the graph")
     ] = None,
+    deviations: Annotated[
+        bool, typer.Option("--deviations", help="let the graph give the standard deviations of the boxes' edges, too")
+    ] = False,
     images: Annotated[
         Path | None,
         typer.Option(exists=True, file_okay=False, help="folder of images to compare torch's and the graph's boxes on"),
@@ -156,7 +159,7 @@ def export(
     batch = None if dynamic_batch else batch_size
     with _told():
         about = {"class_names": dict(checkpoint.class_names()), "normalisation": dict(checkpoint.normalisation())}
-        export_onnx(detector, output, size, batch, precision.value, detections, metadata=about)
+        export_onnx(detector, output, size, batch, precision.value, detections, metadata=about, deviations=deviations)
     count = "any number of" if batch is None else batch
     typer.echo(f"{checkpoint} -> {output}: {precision.value}, {count} images of {height} x {width}")
     if not paths:
