@@ -40,13 +40,19 @@ class EdgeErrors:
 
 
 def match(
-    scores: Tensor, classes: Tensor, boxes: Tensor, truths: Tensor, labels: Tensor, threshold: float
+    scores: Tensor,
+    classes: Tensor,
+    boxes: Tensor,
+    truths: Tensor,
+    labels: Tensor,
+    threshold: float,
+    least_iou: float = LEAST_IOU,
 ) -> tuple[Tensor, Tensor]:
-    """Detections of one image and the truths that they found, by COCO's rule at an IoU of 0.5.
+    """Detections of one image and the truths that they found, by COCO's rule.
 
     From the highest score down to the threshold, each detection takes the truth of its class that it overlaps most, of
-    those that are left, where their IoU is 0.5 or above. So a truth has the surest detection that fits, not the best
-    box.
+    those that are left, where their IoU is ``least_iou`` or above. So a truth has the surest detection that fits, not
+    the best box.
 
     Args:
         scores: ``(Q,)``.
@@ -55,6 +61,7 @@ def match(
         truths: ``(M, 4)`` cxcywh.
         labels: ``(M,)``, their classes.
         threshold: least score.
+        least_iou: above 0.
 
     Returns:
         ``(n,)`` indices of detections, ``(n,)`` indices of truths.
@@ -66,7 +73,7 @@ def match(
         if len(found) == len(truths) or scores[query] < threshold:
             break
         truth = int(iou[query].argmax())
-        if iou[query, truth] >= LEAST_IOU:
+        if iou[query, truth] >= least_iou:
             found.append((query, truth))
             iou[:, truth] = 0
     queries, indices = torch.tensor(found, dtype=torch.int64).reshape(-1, 2).unbind(1)
