@@ -78,9 +78,15 @@ def main(
     rows: dict[str, Any] = {}
     try:
         checkpoints = {name: open_checkpoint(folder) for name, folder in folders.items()}
-        for name, checkpoint in checkpoints.items():
-            side = image_size or max(input_size(checkpoint))
+        sides = {image_size or max(input_size(checkpoint)) for checkpoint in checkpoints.values()}
+        if len(sides) > 1:
+            raise ValueError(
+                f"models for images of {sorted(sides)} pixels: say --image-size, or look at them one by one"
+            )
+        (side,) = sides
+        for checkpoint in checkpoints.values():
             checkpoint.check_size((side, side))
+        for name, checkpoint in checkpoints.items():
             model = checkpoint.load().to(where)
             found = []
             for split in (FIT, MEASURE):

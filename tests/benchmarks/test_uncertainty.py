@@ -248,3 +248,13 @@ def test_a_bare_model_and_a_folder_without_test_split_are_refused(tmp_path: Path
     twice = CliRunner().invoke(COMMAND, ["a=here", "a=there"], env={"COLUMNS": "500"})
     assert twice.exit_code == 2
     assert "two models have the same name" in twice.output
+
+
+def test_models_for_images_of_different_sizes_are_not_compared(tmp_path: Path) -> None:
+    for side in (64, 96):
+        shutil.copytree(TRAINED / "rt-detr", tmp_path / str(side))
+        size = {"height": side, "width": side}
+        RTDetrImageProcessor(size=size).save_pretrained(tmp_path / str(side))
+    run = CliRunner().invoke(COMMAND, [str(tmp_path / "64"), str(tmp_path / "96")], env={"COLUMNS": "500"})
+    assert run.exit_code == 2
+    assert "models for images of [64, 96] pixels" in run.output
