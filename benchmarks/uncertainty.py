@@ -72,6 +72,7 @@ def main(
     from dfine_plugin.benchmarks.report import machine
     from dfine_plugin.checkpoints import input_size, open_checkpoint
     from dfine_plugin.errors import DFinePluginError
+    from dfine_plugin.wrapping import is_wrapped
 
     console = Console()
     where = find_device(device)
@@ -86,14 +87,17 @@ def main(
         (side,) = sides
         for checkpoint in checkpoints.values():
             checkpoint.check_size((side, side))
-        for name, checkpoint in checkpoints.items():
-            model = checkpoint.load().to(where)
+        detectors = {name: checkpoint.load().to(where) for name, checkpoint in checkpoints.items()}
+        if bare := [name for name, model in detectors.items() if not is_wrapped(model)]:
+            raise ValueError(f"{', '.join(bare)} is not wrapped: its boxes come from no distributions")
+        for name, model in detectors.items():
+            normalisation = checkpoints[name].normalisation()
             found = []
             for split in (FIT, MEASURE):
                 with console.status(f"images of {side} px"):
                     loaded = load_split(data, split, side, images)
                 bar = partial(track, console=console, description=f"{name}, {split}")
-                found.append(edge_errors(model, loaded, checkpoint.normalisation(), threshold, batch_size, where, bar))
+                found.append(edge_errors(model, loaded, normalisation, threshold, batch_size, where, bar))
             rows[name] = {"image_size": side, **summarise(found[0], found[1], coverage, bins)}
     except (DFinePluginError, ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from error

@@ -238,9 +238,9 @@ def test_the_command_reports_on_the_embedded_data(tmp_path: Path) -> None:
 
 
 def test_a_bare_model_and_a_folder_without_test_split_are_refused(tmp_path: Path) -> None:
-    run = CliRunner().invoke(COMMAND, [str(TRAINED / "rt-detr"), "--images=1"], env={"COLUMNS": "500"})
+    run = CliRunner().invoke(COMMAND, [str(TRAINED / "rt-detr")], env={"COLUMNS": "500"})
     assert run.exit_code == 2
-    assert "is not wrapped: its boxes come from no distributions" in run.output
+    assert "rt-detr is not wrapped: its boxes come from no distributions" in run.output
     (tmp_path / "instances_val.json").write_text("{}")
     run = CliRunner().invoke(COMMAND, [str(TRAINED / "rt-detr"), f"--data={tmp_path}"], env={"COLUMNS": "500"})
     assert run.exit_code == 2
