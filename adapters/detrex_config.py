@@ -119,7 +119,7 @@ def _construct_object(loader: yaml.SafeLoader, name: str, node: yaml.Node) -> An
     assert isinstance(node, yaml.MappingNode)
     state = loader.construct_mapping(node, deep=True)
     cls = _construct_name(loader, name, node)
-    return cls(**state) if dataclasses.is_dataclass(cls) else {"_target_": name, **state}
+    return cls(**state) if isinstance(cls, type) and dataclasses.is_dataclass(cls) else {"_target_": name, **state}
 
 
 def _construct_tuple(loader: yaml.SafeLoader, node: yaml.Node) -> list[Any]:

@@ -25,8 +25,8 @@ from . import transformers_common as hf
 class FDRDeformableDetrDecoder(host.DeformableDetrDecoder):
     """The host's decoder with the FDR head in its loop.
 
-    Deployed, the boxes of the last level travel to the model's heads as further channels of its hidden states, in place
-    of a record.
+    Deployed, the boxes of the last level travel to the model's heads as further channels of its hidden states, and not
+    by the record.
     """
 
     fdr: FDRHead
@@ -79,12 +79,11 @@ class FDRDeformableDetrDecoder(host.DeformableDetrDecoder):
             hidden.append(hidden_states)
             references.append(reference)
 
+        leave_record(record)
         if self.deployed:
             delta = recomputed_boxes.logit(state.boxes) - record.reference_logits[0]
             hidden = [recomputed_boxes.with_channels(hidden_states, delta, record.quality_logits)]
             references = references[-1:]
-        else:
-            leave_record(record)
         return host.DeformableDetrDecoderOutput(
             last_hidden_state=hidden_states,
             intermediate_hidden_states=torch.stack(hidden, dim=1),

@@ -1,7 +1,7 @@
 """Any data set in COCO format as training and validation data of one image size, held in memory.
 
-The folder has `instances_train.json`, `instances_val.json` and `images/`. No other file is opened: a test split
-beside them stays unseen.
+The folder has `instances_train.json`, `instances_val.json` and `images/`. A split is opened by its name alone: a test
+split beside them stays unseen unless it is asked for.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dfine_plugin.benchmarks.detection_data import DetectionData
 
 
 def read_split(folder: Path, split: str, height: int, width: int) -> DetectionData:
-    """The `split` ("train" or "val") of the data set in `folder`, its images scaled to `height` x `width`.
+    """The `split` ("train", "val", "test") of the data set in `folder`, its images scaled to `height` x `width`.
 
     Crowd regions are no training targets, but stay in the ground truth, where COCO's rules ignore what they hold.
     Images without annotations stay, too. Boxes are cut at the image's edge; those left without area are dropped.

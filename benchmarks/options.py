@@ -47,3 +47,11 @@ def check_data(data: str, splits: Sequence[str] = ("train", "val")) -> None:
             f"there is no {' and no '.join(missing)}: give 'shapes' or a folder with these and images/",
             param_hint="--data",
         )
+
+
+def name_and_path(spec: str) -> tuple[str, Path]:
+    """The two parts of ``[NAME=]PATH``; without a name it is the folder's, or the file's without its suffix."""
+    name, equals, path = spec.partition("=")
+    if Path(spec).exists() or not equals:  # a folder's own name may have an equals sign
+        return Path(spec).resolve().stem if Path(spec).is_file() else Path(spec).resolve().name, Path(spec)
+    return name, Path(path)

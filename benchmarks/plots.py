@@ -84,6 +84,28 @@ def plot_robustness(scores: Mapping[str, Mapping[str, Mapping[int, float]]], pat
     plt.close(figure)
 
 
+def plot_uncertainty(result: Result, path: Path) -> None:
+    """Left the real error over the predicted one, in bins of edges; right observed over expected quantiles. A line for
+    each model; on the diagonal deviations, and whole distributions, mean what they say."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4.3), layout="constrained")
+    for name, model in result["models"].items():
+        left.plot(model["bins"]["predicted"], model["bins"]["real"], marker="o", markersize=3, label=name)
+        levels = np.linspace(0, 1, len(model["observed_levels"]) + 2)
+        right.plot(levels, [0, *model["observed_levels"], 1], marker="o", markersize=3)
+    largest = max(left.get_xlim()[1], left.get_ylim()[1])
+    left.set(xlim=(0, largest), ylim=(0, largest), xlabel="predicted: root mean variance, pixels")
+    left.set(ylabel="real: root mean squared error, pixels", title=f"edges in {result['settings']['bins']} bins")
+    right.set(xlim=(0, 1), ylim=(0, 1), xlabel="p", ylabel="true edges below the p-quantile", title="quantiles")
+    for axes, end in ((left, largest), (right, 1)):
+        axes.plot([0, end], [0, end], color="black", linestyle="--", linewidth=0.8, zorder=0)
+        axes.set_aspect("equal")
+        axes.grid(alpha=0.3)
+    left.legend(fontsize=7)
+    figure.suptitle(f"deviations of edges on {Path(result['settings']['data']).name}", fontsize=10)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
 def _title(results: Sequence[Result]) -> str:
     settings = results[0]["settings"]
     seeds = len({r["settings"]["seed"] for r in results})

@@ -252,8 +252,6 @@ def closing_lines(results: Sequence[Result]) -> list[str]:
 
 def figures(results: Sequence[Result], command: str, tuning: dict[str, Any] | None, failures: Sequence[str]) -> Result:
     """All that the run found and how, ready for JSON."""
-    import torch
-
     summary = {}
     for variant in variants_of(results):
         differences = {metric: gain(results, variant, metric) for metric in METRICS}
@@ -268,14 +266,23 @@ def figures(results: Sequence[Result], command: str, tuning: dict[str, Any] | No
         }
     return {
         "command": command,
-        "versions": {name: version(name) for name in ("dfine-plugin", "torch", "transformers", "pycocotools")},
-        "machine": {"cpu": cpu_model(), "python": platform.python_version(), "threads": torch.get_num_threads()},
+        **machine(),
         "learning_rate_tuning": tuning,
         "late_growth": late_growth(results),
         "converged": has_converged(results),
         "summary": summary,
         "failures": list(failures),
         "runs": list(results),
+    }
+
+
+def machine() -> dict[str, Any]:
+    """What figures were made with: versions, CPU and threads."""
+    import torch
+
+    return {
+        "versions": {name: version(name) for name in ("dfine-plugin", "torch", "transformers", "pycocotools")},
+        "machine": {"cpu": cpu_model(), "python": platform.python_version(), "threads": torch.get_num_threads()},
     }
 
 

@@ -135,6 +135,9 @@ def main(
     output: Annotated[Path, typer.Option(file_okay=False, help="folder for runs, table, figures and plot")] = Path(
         "retrofit"
     ),
+    save_models: Annotated[
+        bool, typer.Option("--save-models", help="keep each run's averaged weights as well")
+    ] = False,
 ) -> None:
     """Train a trained host on, bare and wrapped, and print what the wrap brings at every step."""
     console = Console()
@@ -169,7 +172,8 @@ def main(
     jobs = jobs or (os.cpu_count() or 1 if device == "cpu" else 1)
     numbers = range(first_seed, first_seed + seeds)
     runs = [replace(settings, variant=row, seed=seed) for seed in numbers for row in variants]
-    results, failures = run_all(runs, output / "runs", jobs, console)
+    models = output / "models" if save_models else None
+    results, failures = run_all(runs, output / "runs", jobs, console, models)
     if results:
         write_report(results, failures, output, console)
     for failure in failures:

@@ -17,6 +17,7 @@ from torchvision.transforms.functional import to_pil_image
 
 from dfine_plugin import deploy, is_wrapped
 from dfine_plugin.benchmarks.full_size_hosts import HOSTS
+from dfine_plugin.benchmarks.options import name_and_path
 from dfine_plugin.benchmarks.quantisation import quantise
 from dfine_plugin.benchmarks.runners import OPENVINO_TYPES, TORCH_BACKENDS, Engine, OnnxRuntime, OpenVINO, Runner
 from dfine_plugin.benchmarks.runs import RunSettings
@@ -162,10 +163,10 @@ def find_subjects(
         UnsupportedModelError: no adapter knows the model.
     """
     # all that can be wrong with what was given, before anything that takes long
-    checkpoints = [(name, open_checkpoint(folder)) for name, folder in map(_name_and_path, models)]
+    checkpoints = [(name, open_checkpoint(folder)) for name, folder in map(name_and_path, models)]
     for _, checkpoint in checkpoints:
         checkpoint.check_size((image_size, image_size))
-    for _, file in map(_name_and_path, (*graphs, *engines)):
+    for _, file in map(name_and_path, (*graphs, *engines)):
         if not file.is_file():
             raise ValueError(f"there is no file {file}")
     drawn = make_shapes(NUM_SCENES, image_size, seed=0).images
@@ -193,7 +194,7 @@ def find_subjects(
         add(Subject(name, [preprocess(picture)[0] for picture in pictures], model, preprocess=preprocess))
     for kind, specs in (("graph", graphs), ("engine", engines)):
         for spec in specs:
-            name, file = _name_and_path(spec)
+            name, file = name_and_path(spec)
             subject = subjects.get(name, Subject(name, list(scaled)))
             if getattr(subject, kind) is not None:
                 raise ValueError(f"{name!r} has two files of one kind; name one of them: NAME=PATH")
@@ -217,13 +218,6 @@ def read_data(data: str, image_size: int) -> tuple[CocoSplit, list[Image.Image]]
         return split, [read_picture(path) for path in split.image_paths()]
     scenes = load_data(data, "val", image_size, RunSettings.val_images)
     return CocoSplit(Path(), scenes.coco), [to_pil_image(image) for image in scenes.images]
-
-
-def _name_and_path(spec: str) -> tuple[str, Path]:
-    name, equals, path = spec.partition("=")
-    if Path(spec).exists() or not equals:  # a folder's own name may have an equals sign
-        return Path(spec).resolve().stem if Path(spec).is_file() else Path(spec).resolve().name, Path(spec)
-    return name, Path(path)
 
 
 def _open_all(folder: Path) -> list[Image.Image]:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .losses import ddf_loss, fgl_loss
     from .matching import GOLSDMatcher, union_matching
     from .registry import register_adapter, supported_hosts
+    from .uncertainty import ConformalScale, edge_deviations
     from .weighting import weighting_function
     from .wrapping import deploy, is_wrapped, unwrap_decoder, wrap_decoder
 
@@ -36,6 +37,7 @@ if (_checkout / "pyproject.toml").is_file():
     __path__.append(str(_checkout))
 
 __all__ = [
+    "ConformalScale",
     "DFinePluginError",
     "FDRConfig",
     "FDRHead",
@@ -49,6 +51,7 @@ __all__ = [
     "ddf_loss",
     "decode_boxes",
     "deploy",
+    "edge_deviations",
     "encode_boxes",
     "fgl_loss",
     "is_wrapped",
@@ -72,6 +75,7 @@ _MODULES = (
     "matching",
     "registry",
     "weighting",
+    "uncertainty",
     "wrapping",
     "calibration",
 )

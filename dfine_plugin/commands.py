@@ -133,6 +133,9 @@ def export(
     num_layers: Annotated[
         int | None, typer.Option(min=1, help="keep so many decoder layers, the first ones, of a wrapped model")
     ] = None,
+    deviations: Annotated[
+        bool, typer.Option("--deviations", help="let the graph give the standard deviations of the boxes' edges, too")
+    ] = False,
     images: Annotated[
         Path | None,
         typer.Option(exists=True, file_okay=False, help="folder of images to compare torch's and the graph's boxes on"),
@@ -168,7 +171,7 @@ def export(
     batch = None if dynamic_batch else batch_size
     with _told():
         about = {"class_names": dict(checkpoint.class_names()), "normalisation": dict(checkpoint.normalisation())}
-        export_onnx(detector, output, size, batch, precision.value, detections, metadata=about)
+        export_onnx(detector, output, size, batch, precision.value, detections, metadata=about, deviations=deviations)
     count = "any number of" if batch is None else batch
     typer.echo(f"{checkpoint} -> {output}: {precision.value}, {count} images of {height} x {width}")
     if not paths:
@@ -270,6 +273,8 @@ def show(
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, dpi=dpi)
     typer.echo(f"{len(detections)} of score {threshold} or above, {min(top, len(detections))} in detail: {output}")
+    for number, detection in enumerate(detections[:top], start=1):
+        typer.echo(f"{number} {detection}")
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .boxes import at_least_float32, to_corners
+from .uncertainty import edge_deviations
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,9 @@ def edge_distributions(
 ) -> EdgeDistributions:
     """What logits say about the edges of boxes in an image.
 
-    The offset of an edge has the expectation ``mu = s sum_n W(n) Pr(n)``, by which the edge moves (D-FINE, eq. 1), and
-    the variance ``sum_n (s W(n) - mu)^2 Pr(n)``, where s is the initial box's width for left and right, its height for
-    top and bottom.
+    The offset of an edge has the expectation ``s sum_n W(n) Pr(n)``, by which the edge moves (D-FINE, eq. 1), where s
+    is the initial box's width for left and right, its height for top and bottom; its deviation is that of
+    :func:`~dfine_plugin.edge_deviations`.
 
     Args:
         initial_boxes: ``(..., 4)`` cxcywh in units of the image side.
@@ -58,5 +59,5 @@ def edge_distributions(
     offsets = sides[..., None] * weights.to(sides.dtype)
     probabilities = at_least_float32(corner_logits).softmax(-1)
     means = (probabilities * offsets).sum(-1)
-    variances = (probabilities * (offsets - means[..., None]).square()).sum(-1)
-    return EdgeDistributions(probabilities, offsets, to_corners(boxes), means, variances.sqrt())
+    deviations = edge_deviations(corner_logits, weights, boxes)
+    return EdgeDistributions(probabilities, offsets, to_corners(boxes), means, deviations)

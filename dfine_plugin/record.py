@@ -20,6 +20,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from .uncertainty import edge_deviations
+
 
 @dataclass
 class FDRRecord:
@@ -53,6 +55,13 @@ class FDRRecord:
             boxes=[boxes[:, part] for boxes in self.boxes],
             initial_logits=None if self.initial_logits is None else self.initial_logits[:, part],
         )
+
+    def edge_deviations(self, layer: int = -1) -> Tensor:
+        """``(B, Q, 4)``, the standard deviations of the edges left, top, right, bottom after a layer, in image sides.
+
+        See :func:`~dfine_plugin.edge_deviations`. The initial boxes are detached, as they are in the boxes.
+        """
+        return edge_deviations(self.corner_logits[layer], self.weights, self.initial_boxes.detach())
 
     def last(self, count: int) -> "FDRRecord":
         """The record of the last ``count`` layers."""

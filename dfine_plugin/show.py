@@ -54,6 +54,13 @@ class Detection:
     score: float
     layers: list[EdgeDistributions]
 
+    def __str__(self) -> str:
+        """Class and score, and where each edge of the last layer's box lies, with its standard deviation."""
+        last = self.layers[-1]
+        lines = zip(EDGES, last.edges.tolist(), last.deviations.tolist(), strict=True)
+        edges = ", ".join(f"{name} {edge:.1f} ± {deviation:.1f}" for name, edge, deviation in lines)
+        return f"{self.name} {self.score:.2f}: {edges} px"
+
 
 def read_detections(
     logits: Tensor, record: FDRRecord, names: Mapping[int, str], image_size: tuple[int, int]

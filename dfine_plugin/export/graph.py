@@ -19,7 +19,7 @@ from .. import __version__
 from ..errors import WrapStateError
 from ..registry import find_adapter
 from ..wrapping import binding_of, deploy
-from .postprocess import DetectorWithPostprocess
+from .postprocess import DetectorWithDeviations, DetectorWithPostprocess
 from .precision import to_precision
 from .static_sizes import static_sizes
 
@@ -27,6 +27,8 @@ OPSET = 18
 """The lowest that torch writes; LayerNormalization has been one op since 17."""
 BOXES = "cx, cy, w, h in units of the image's sides"
 SELECTED_BOXES = "x0, y0, x1, y1 in pixels of an image of target_sizes (height, width)"
+DEVIATIONS = "standard deviations of left, top, right, bottom in units of the image's sides"
+SELECTED_DEVIATIONS = "standard deviations of x0, y0, x1, y1 in pixels of an image of target_sizes (height, width)"
 
 
 def export_onnx(
@@ -40,6 +42,7 @@ def export_onnx(
     keep_float32: Iterable[str] = (),
     simulate: bool = False,
     metadata: Mapping[str, Any] | None = None,
+    deviations: bool = False,
 ) -> Path:
     """Write a model, wrapped or bare, as ONNX. The model itself stays as it is: a copy of it is deployed.
 
@@ -47,7 +50,9 @@ def export_onnx(
     (transformers: scaled and normalised as in training; detrex: as its data loader gives them), and with
     ``num_detections`` also ``target_sizes (B, 2)`` int64, height and width that boxes shall be given in. Outputs:
     ``logits (B, Q, classes)`` and ``boxes (B, Q, 4)`` cxcywh in image sides; with ``num_detections`` instead
-    ``scores``, ``labels`` and ``boxes (B, n, 4)`` xyxy in pixels, best first.
+    ``scores``, ``labels`` and ``boxes (B, n, 4)`` xyxy in pixels, best first. With ``deviations`` also
+    ``deviations (B, Q, 4)`` in image sides, or ``(B, n, 4)`` in pixels: :func:`~dfine_plugin.edge_deviations` of left,
+    top, right, bottom.
 
     The graph says what whoever runs it has to know, each entry of its metadata as JSON: ``version`` (this package's),
     ``precision``, ``input_size`` (H and W), ``box_format``, and what ``metadata`` adds.
@@ -65,6 +70,7 @@ def export_onnx(
             onnxruntime on a CPU for bf16.
         metadata: further entries that JSON can hold; the command adds ``class_names``, by class, and ``normalisation``
             (:meth:`~dfine_plugin.checkpoints.Checkpoint.normalisation`).
+        deviations: let the graph say how far off the boxes' edges may be.
 
     Returns:
         ``path``.
@@ -72,16 +78,16 @@ def export_onnx(
     Raises:
         UnsupportedModelError: no adapter knows the model.
         WrapStateError: the model is in training mode.
-        ValueError: an opset below 18, more detections than the model has, or a host that takes the number of images for
-            a constant with a ``batch_size`` of None.
+        ValueError: an opset below 18, more detections than the model has, deviations of a model that is not wrapped, or
+            a host that takes the number of images for a constant with a ``batch_size`` of None.
     """
     if opset < OPSET:
         raise ValueError(f"opset must be {OPSET} or higher, got {opset}")
     path = Path(path)
-    exported = exported_model(model, image_size, batch_size, num_detections, opset)
+    exported = exported_model(model, image_size, batch_size, num_detections, opset, deviations)
     if precision != "fp32":
         # what a submodule is called in the graph
-        within = "model." if num_detections is None else "detector.model."
+        within = "detector." * (deviations + (num_detections is not None)) + "model."
         decoder = within + find_adapter(model).decoder
         to_precision(exported, precision, decoder, [within + name for name in keep_float32], simulate)
     # the float32 originals of what was typed in lower precision
@@ -93,6 +99,7 @@ def export_onnx(
         "precision": precision,
         "input_size": list(image_size),
         "box_format": BOXES if num_detections is None else SELECTED_BOXES,
+        **({"deviations": DEVIATIONS if num_detections is None else SELECTED_DEVIATIONS} if deviations else {}),
         **(metadata or {}),
     }
     exported.metadata_props.update({key: json.dumps(value) for key, value in about.items()})
@@ -123,9 +130,15 @@ def exported_model(
     batch_size: int | None,
     num_detections: int | None,
     opset: int,
+    deviations: bool = False,
 ) -> ir.Model:
     """The float32 graph of :func:`export_onnx`."""
     detector = inference_module(model)
+    if deviations:
+        if binding_of(model) is None:
+            name = type(model).__name__
+            raise ValueError(f"this {name} is not wrapped: its boxes come from no distributions to take deviations of")
+        detector = DetectorWithDeviations(detector).eval()
     device = next(detector.parameters()).device
     # nothing is computed with it: a number that no other size is a multiple of, lest they be taken for each other
     count = batch_size or 11
@@ -134,13 +147,15 @@ def exported_model(
     names: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits", "boxes"]}
     if num_detections is not None:
         with torch.no_grad():
-            logits, _ = detector(images[:1])
+            logits, *_ = detector(images[:1])
         available = logits.shape[1] * logits.shape[2]
         if not 0 < num_detections <= available:
             raise ValueError(f"num_detections must be in [1, {available}], queries times classes; got {num_detections}")
         detector = DetectorWithPostprocess(detector, num_detections).eval()
         inputs = (images, torch.tensor([image_size] * count, device=device))
         names = {"input_names": ["images", "target_sizes"], "output_names": ["scores", "labels", "boxes"]}
+    if deviations:
+        names["output_names"].append("deviations")
     with torch.no_grad(), static_sizes(), _quiet():
         program = _trace(detector, inputs, dynamic_batch=batch_size is None)
         onnx_program = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False, **names)

@@ -14,9 +14,12 @@ from torch import Tensor, nn
 from dfine_plugin import deploy
 from dfine_plugin.export import export_onnx, static_sizes
 from dfine_plugin.export.engine import check_precision
+from dfine_plugin.export.graph import inference_module
+from dfine_plugin.export.postprocess import DetectorWithDeviations
 from dfine_plugin.export.precision import module_of
+from dfine_plugin.record import in_scope
 from dfine_plugin.registry import find_adapter
-from dfine_plugin.wrapping import binding_of
+from dfine_plugin.wrapping import binding_of, predict_distributions
 
 from .hosts import IMAGE_SIZE, NUM_LAYERS, Host, assert_equal, build, images, wrapped
 
@@ -91,4 +94,30 @@ def test_a_bare_host_exports_too(host: Host, tmp_path: Path) -> None:
     inputs = host.pixels(images(1))
     path = export_onnx(model, tmp_path / "model.onnx", SIZE)
     for found, wanted in zip(run(path, inputs), expected(model, inputs), strict=True):
+        np.testing.assert_allclose(found, wanted.numpy(), atol=2e-5, rtol=1e-4)
+
+
+def test_a_deployed_model_gives_the_deviations_of_its_distributions(host: Host) -> None:
+    model = wrapped(host)
+    inputs = host.pixels(images(2))
+    *predicted, record = predict_distributions(model, inputs)
+    detector = DetectorWithDeviations(inference_module(model))
+    with torch.no_grad():
+        for found, wanted in zip(detector(inputs), (*predicted, record.edge_deviations()), strict=True):
+            torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-5)
+    assert not in_scope()
+    with pytest.raises((AttributeError, TypeError, ValueError)):
+        detector(None)
+    assert not in_scope()
+
+
+@pytest.mark.slow
+def test_the_graph_gives_the_deviations_of_the_distributions(host: Host, tmp_path: Path) -> None:
+    if "plain" not in host.name and host.name not in ("rt-detr", "detrex-dino"):
+        pytest.skip("one host of a kind will do")
+    model = wrapped(host)
+    path = export_onnx(model, tmp_path / "model.onnx", SIZE, batch_size=None, deviations=True)
+    inputs = host.pixels(images(3))
+    *predicted, record = predict_distributions(model, inputs)
+    for found, wanted in zip(run(path, inputs), (*predicted, record.edge_deviations()), strict=True):
         np.testing.assert_allclose(found, wanted.numpy(), atol=2e-5, rtol=1e-4)

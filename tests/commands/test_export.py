@@ -57,14 +57,14 @@ def run(*arguments: object) -> tuple[int, str]:
 def test_export_in_half_precision_with_parity_and_ap(folders: tuple[Path, Path], tmp_path: Path) -> None:
     model, data = folders
     path = tmp_path / "new" / "model.onnx"
-    options = ["--image-size", IMAGE_SIZE, "--precision", "fp16", "--detections", 20, "--threshold", 0.05]
-    code, output = run("export", "--model", model, "--output", path, *options, "--data", data)
+    options = ["--image-size", IMAGE_SIZE, "--precision", "fp16", "--detections", 20, "--deviations"]
+    code, output = run("export", "--model", model, "--output", path, *options, "--data", data, "--threshold", 0.05)
     assert code == 0, output
     assert f"fp16, 1 images of {IMAGE_SIZE} x {IMAGE_SIZE}" in output
     assert "confident detections on 3 images: 0 lost" in output
     assert "AP " in output
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    assert [tensor.name for tensor in session.get_outputs()] == ["scores", "labels", "boxes"]
+    assert [tensor.name for tensor in session.get_outputs()] == ["scores", "labels", "boxes", "deviations"]
     assert session.get_inputs()[0].shape == [1, 3, IMAGE_SIZE, IMAGE_SIZE]
 
     code, output = run("build-engine", path, "--target", "sm75", "--precision", "fp32")

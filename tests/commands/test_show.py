@@ -48,6 +48,8 @@ def test_a_saved_model_gives_a_picture(name: str, picture: Path, tmp_path: Path)
         code, text = run(*arguments, "--top", 2, "--layers", layers, "--dpi", dpi, "--output", output)
         assert code == 0, text
         assert "2 in detail" in text
+        detailed = [line for line in text.splitlines() if line.count(" ± ") == 4]
+        assert [line.split()[0] for line in detailed] == ["1", "2"]
         sizes[layers, dpi] = Image.open(output).size
     assert sizes["all", 100][0] == sizes["last", 100][0]
     assert sizes["all", 100][1] > 2 * sizes["last", 100][1]  # three times the rows, under the same headings
@@ -90,6 +92,18 @@ def test_detections_are_the_models_own_best_first() -> None:
         assert detection.name == name
         torch.testing.assert_close(detection.score, score)
         torch.testing.assert_close(detection.layers[-1].edges.tolist(), edges, atol=1e-3, rtol=1e-5)
+
+
+def test_a_detection_says_where_its_edges_lie() -> None:
+    """A coin between bin 16, whose offset is 0, and bin 17: mean and deviation are half the latter's offset."""
+    logits = torch.full((4, 33), -torch.inf)
+    logits[:, [16, 17]] = 0
+    box = detection((0.5, 0.5, 0.5, 0.5), logits)
+    step = float(FDRConfig().bin_values()[17])
+    x, y = SIZE[0] / 2 * step / 2, SIZE[1] / 2 * step / 2
+    horizontal, vertical = f"{30 - x:.1f} ± {x:.1f}", f"{20 - y:.1f} ± {y:.1f}"
+    edges = f"left {horizontal}, top {vertical}, right {90 + x:.1f} ± {x:.1f}, bottom {60 + y:.1f} ± {y:.1f}"
+    assert str(box) == f"a 0.50: {edges} px"
 
 
 def test_the_picture_shows_the_numbers() -> None:

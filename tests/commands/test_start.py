@@ -24,6 +24,7 @@ COMMANDS = {
     "dfine_plugin.benchmarks.latency_profile": [],
     "dfine_plugin.benchmarks.overhead": [],
     "dfine_plugin.benchmarks.robustness": [],
+    "dfine_plugin.benchmarks.uncertainty": [],
     "dfine_plugin.projects.paper_rows": ["train", "show"],
 }
 
@@ -78,6 +79,8 @@ WRONG = [
     ("dfine_plugin.benchmarks.latency_profile", "--host", "yolo"),
     ("dfine_plugin.benchmarks.overhead", "--host", "yolo"),
     ("dfine_plugin.benchmarks.robustness", "nowhere"),
+    ("dfine_plugin.benchmarks.uncertainty", "nowhere"),
+    ("dfine_plugin.benchmarks.uncertainty", ".", "--data", "nowhere"),
 ]
 
 

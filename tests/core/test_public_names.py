@@ -28,6 +28,8 @@ NAMES = [
     "is_wrapped",
     "calibrate",
     "load_pretrained",
+    "edge_deviations",
+    "ConformalScale",
 ]
 PARAMETERS = {
     "wrap_decoder": ["model", "config"],
@@ -36,6 +38,7 @@ PARAMETERS = {
     "weighting_function": ["num_bins", "a", "c"],
     "decode_boxes": ["initial_boxes", "logits", "weights"],
     "encode_boxes": ["initial_boxes", "target_boxes", "weights"],
+    "edge_deviations": ["corner_logits", "weights", "initial_boxes"],
     "fgl_loss": ["logits", "initial_boxes", "target_boxes", "iou", "weights", "num_boxes"],
     "ddf_loss": ["student", "teacher", "matched", "quality", "temperature"],
 }

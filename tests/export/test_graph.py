@@ -15,10 +15,12 @@ from transformers import RTDetrImageProcessor
 
 import dfine_plugin
 from dfine_plugin import UnsupportedModelError, WrapStateError
+from dfine_plugin.distributions import edge_distributions
 from dfine_plugin.export import export_onnx
 from dfine_plugin.export.precision import to_precision
+from dfine_plugin.wrapping import predict_distributions
 
-from ..adapters.hosts import IMAGE_SIZE, images, wrapped
+from ..adapters.hosts import IMAGE_SIZE, build, images, wrapped
 from ..adapters.transformers_hosts import HOSTS
 
 ROWS = {host.name: host for host in HOSTS}
@@ -41,6 +43,28 @@ def test_detections_in_the_graph_are_those_of_the_hosts_own_processor(tmp_path: 
         np.testing.assert_allclose(found[0][image], detections["scores"].numpy(), atol=1e-5)
         np.testing.assert_array_equal(found[1][image], detections["labels"].numpy())
         np.testing.assert_allclose(found[2][image], detections["boxes"].numpy(), rtol=1e-4, atol=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_deviations_in_the_graph_are_those_of_the_selected_boxes_in_pixels(precision: str, tmp_path: Path) -> None:
+    # its queries are learnt, not selected: no rounding decides which of many equal ones are taken
+    model = wrapped(ROWS["deformable-detr-refine"])
+    inputs, sizes = images(1), torch.tensor([[480, 640]])
+    path = export_onnx(model, tmp_path / "model.onnx", SIZE, precision=precision, num_detections=9, deviations=True)
+    about = {entry.key: json.loads(entry.value) for entry in onnx.load(path).metadata_props}
+    assert about["deviations"].startswith("standard deviations of x0, y0, x1, y1 in pixels")
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    assert [tensor.name for tensor in session.get_outputs()] == ["scores", "labels", "boxes", "deviations"]
+    assert {tensor.type for tensor in session.get_outputs()} == {"tensor(float)", "tensor(int64)"}
+    _, labels, boxes, deviations = session.run(None, {"images": inputs.numpy(), "target_sizes": sizes.numpy()})
+
+    _, _, record = predict_distributions(model, inputs)
+    predicted = edge_distributions(record.initial_boxes[0], record.corner_logits[-1][0], record.weights, (640, 480))
+    for box, label, found in zip(boxes[0], labels[0], deviations[0], strict=True):
+        query = int((predicted.edges - torch.from_numpy(box)).abs().sum(-1).argmin())
+        np.testing.assert_allclose(found, predicted.deviations[query], rtol=1e-4 if precision == "fp32" else 0.05)
+        assert 0 <= label < 3
 
 
 @pytest.mark.slow
@@ -79,6 +103,8 @@ def test_what_export_refuses(tmp_path: Path) -> None:
         export_onnx(model, path, SIZE, opset=17)
     with pytest.raises(ValueError, match=r"num_detections must be in \[1, 36\].*got 37"):
         export_onnx(model, path, SIZE, num_detections=37)
+    with pytest.raises(ValueError, match="is not wrapped: its boxes come from no distributions"):
+        export_onnx(build(ROWS["rt-detr"]), path, SIZE, deviations=True)
     with pytest.raises(UnsupportedModelError, match="Linear"):
         export_onnx(nn.Linear(1, 1).eval(), path, SIZE)
     assert not path.exists()
