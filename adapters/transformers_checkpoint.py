@@ -53,7 +53,8 @@ class TransformersCheckpoint:
     def check_size(self, size: tuple[int, int]) -> None:
         """See :class:`~dfine_plugin.checkpoints.Checkpoint`."""
         # only hosts that merge levels state their strides
-        check_image_size(size, getattr(self.config, "feat_strides", ()))
+        strides = getattr(self.config, "feat_strides", ())
+        check_image_size(size, strides, getattr(self.config, "num_queries", 0))
 
     def preprocess(self, image: Image.Image, size: tuple[int, int] | None = None) -> Tensor:
         """See :class:`~dfine_plugin.checkpoints.Checkpoint`."""

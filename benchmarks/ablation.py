@@ -103,7 +103,7 @@ def main(
     console = Console()
     if host not in HOSTS:
         raise typer.BadParameter(f"{host!r} is not one of {', '.join(HOSTS)}", param_hint="--host")
-    check_host_takes(host, image_size)
+    check_host_takes(host, image_size, RunSettings.num_queries)
     check_data(data)
     if HOSTS[host].calls_cuda and device == "cpu":
         console.print(f"{host} calls .cuda() in its own code: trained without these calls")

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     import torch
 
 
-def check_host_takes(host: str, side: int) -> None:
-    """Refuse square images that a host of the benchmarks cannot take."""
+def check_host_takes(host: str, side: int, num_queries: int = 300) -> None:
+    """Refuse square images that a host of the benchmarks cannot take; those of full size have 300 queries."""
     try:
-        check_image_size((side, side), RT_DETR_STRIDES if host.startswith("rt-detr") else ())
+        check_image_size((side, side), RT_DETR_STRIDES if host.startswith("rt-detr") else (), num_queries)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--image-size") from error
 

@@ -153,7 +153,7 @@ def main(
     if image_size is None or lr is None:
         raise typer.BadParameter("a host of your own has no defaults: say --image-size and --lr")
     host = config["model_type"]
-    check_host_takes(host.replace("_", "-"), image_size)
+    check_host_takes(host.replace("_", "-"), image_size, RetrofitSettings.num_queries)
     check_data(data)
     settings = RetrofitSettings(
         host=host,

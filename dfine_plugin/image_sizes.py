@@ -6,18 +6,20 @@ RT_DETR_STRIDES = (8, 16, 32)
 """Of the levels that RT-DETR merges."""
 
 
-def check_image_size(size: tuple[int, int], strides: Sequence[int]) -> None:
-    """Refuse a size whose feature maps a host cannot merge.
+def check_image_size(size: tuple[int, int], strides: Sequence[int], num_queries: int = 0) -> None:
+    """Refuse a size whose feature maps a host cannot merge, or which have too few places for its queries.
 
     A host that merges its levels, as RT-DETR's encoder does, doubles the coarser map and lays it over the finer one:
-    ``ceil(side / stride)`` must halve exactly from level to level.
+    ``ceil(side / stride)`` must halve exactly from level to level. Of the places of all levels it takes the best as
+    queries.
 
     Args:
         size: height and width in pixels.
         strides: of the levels that are merged, ascending; none for a host that takes any size.
+        num_queries: how many places the host takes.
 
     Raises:
-        ValueError: names the nearest sizes that fit.
+        ValueError: names the nearest sizes that fit, or how many places there are.
     """
     if not strides:
         return
@@ -26,12 +28,18 @@ def check_image_size(size: tuple[int, int], strides: Sequence[int]) -> None:
     def cover(side: int, stride: int) -> int:
         return -(-side // stride) * stride
 
+    height, width = size
     if any(cover(side, finest) != cover(side, coarsest) for side in size):
         below = [max(coarsest, side // coarsest * coarsest) for side in size]
         above = [cover(side, coarsest) for side in size]
-        height, width = size
         raise ValueError(
             f"this host cannot take images of {height} x {width}: its levels, of strides "
             f"{', '.join(map(str, strides))}, would not fit one another. Multiples of {coarsest} do: "
             f"{below[0]} x {below[1]} or {above[0]} x {above[1]}"
+        )
+    places = sum(cover(height, stride) * cover(width, stride) // stride**2 for stride in strides)
+    if places < num_queries:
+        raise ValueError(
+            f"this host cannot take images of {height} x {width}: they have {places} places on its levels, and it "
+            f"takes the {num_queries} best"
         )

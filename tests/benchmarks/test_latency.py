@@ -164,13 +164,17 @@ def test_what_needs_a_gpu_says_so(backend: str) -> None:
         (("--onnx", "nowhere.onnx"), "there is no file nowhere.onnx"),
         (("--onnx", "a=b=c.onnx"), "there is no file b=c.onnx"),
         (("--host", "rt-detr-r18", "--image-size", "161"), "this host cannot take images of 161 x 161"),
+        (
+            ("--host", "rt-detr-r18", "--image-size", "64"),
+            "this host cannot take images of 64 x 64: they have 84 places",
+        ),
         (("--data", "nowhere"), "there is no nowhere/instances_val.json"),
         (("--device", "gpu"), "'gpu' is neither cpu nor cuda"),
         (("--images", "nowhere"), "'nowhere' does not exist"),
     ],
 )
 def test_wrong_arguments_are_refused_before_anything_is_built(arguments: tuple[str, ...], said: str) -> None:
-    assert said in invoke("--image-size", "64", *arguments, exit_code=2)
+    assert said in invoke("--image-size", "128", *arguments, exit_code=2)
 
 
 def test_what_runs_where(tmp_path: Path) -> None:

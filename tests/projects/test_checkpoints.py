@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from omegaconf import OmegaConf
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -186,6 +185,7 @@ def test_the_commands_take_it(tmp_path: Path) -> None:
 def run_of(folder: Path, **changes: Any) -> Path:
     """A run's folder, with other things in its config."""
     from detectron2.config import LazyConfig
+    from omegaconf import OmegaConf
 
     config, _ = written_by_the_trainer(folder, "deformable_detr")
     for name, value in changes.items():
