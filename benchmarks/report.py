@@ -181,12 +181,13 @@ def diagnosis(results: Sequence[Result]) -> list[str]:
         return []
     layers = list(dict.fromkeys(name for runs in found.values() for run in runs for name in run["AP_by_layer"]))
     layers.sort(key=lambda name: name.startswith("layer"))  # the initial boxes, which a baseline has not, come first
-    header = ["variant", *(f"AP, {name}" for name in layers), *DIAGNOSIS.values()]
+    known = [key for key in DIAGNOSIS if any(key in run for runs in found.values() for run in runs)]
+    header = ["variant", *(f"AP, {name}" for name in layers), *(DIAGNOSIS[key] for key in known)]
     lines = ["", "### Diagnosis", "", *table_header(header)]
     for variant, runs in found.items():
         by_layer = [[run["AP_by_layer"][name] for run in runs if name in run["AP_by_layer"]] for name in layers]
         row = [NONE if not values else f"{fmean(values):.1f}" for values in by_layer]
-        for key in DIAGNOSIS:
+        for key in known:
             values = [run[key] for run in runs if key in run]  # bins have the wrapped alone
             row.append(f"{fmean(values):.{2 if key == 'near_duplicates' else 1}f}" if values else NONE)
         lines.append(table_row([variant, *row]))
