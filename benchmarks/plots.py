@@ -128,13 +128,14 @@ def plot_runs(latencies: Result, path: Path) -> None:
 
 def plot_ap_over_latency(latencies: Result, path: Path) -> None:
     """AP over the median latency, a bar up to the 95th percentile, of the rows whose AP is known."""
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(9, 4), layout="constrained")
+    axes.set_prop_cycle(color=plt.get_cmap("tab20").colors)
     for row in latencies["rows"]:
         if row["AP"] is not None:
             middle, late = (1000 * row["seconds"][name] for name in ("median", "p95"))
             axes.errorbar(middle, row["AP"], xerr=[[0], [late - middle]], fmt="o", capsize=3, label=_row_label(row))
-    axes.set(xlabel="ms (bar: to the 95th percentile)", ylabel="AP", title=_latency_title(latencies))
-    axes.legend(fontsize=8)
+    axes.set(xlabel="ms (bar: to the 95th percentile)", ylabel="AP", title=_latency_title(latencies), xlim=(0, None))
+    figure.legend(fontsize=8, loc="outside right upper")
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
     plt.close(figure)
