@@ -108,8 +108,27 @@ def test_the_pages_lines_run_a_graph_by_onnxruntime_alone(
     assert first.startswith(f"LABEL_{labels[0][0]} ")
 
 
+@pytest.mark.slow
+def test_a_graph_of_fewer_layers_is_that_layers_prediction(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    model, data = folders
+    path = tmp_path / "model.onnx"
+    options = ["--image-size", IMAGE_SIZE, "--num-layers", 2, "--threshold", 0.05]
+    code, output = run("export", "--model", model, "--output", path, *options, "--data", data)
+    assert code == 0, output
+    images = torch.rand(1, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(0))
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    found = session.run(None, {"images": images.numpy()})
+    with torch.no_grad():
+        _, (logits, boxes), _ = HOST.predict_layers(open_checkpoint(model).load(), images.expand(2, -1, -1, -1))
+    for values, wanted in zip(found, (logits, boxes), strict=True):
+        np.testing.assert_allclose(values[0], wanted[0].numpy(), rtol=1e-4, atol=2e-5)
+
+
 def test_what_export_refuses(folders: tuple[Path, Path], tmp_path: Path) -> None:
     model, _ = folders
+    code, output = run("export", "--model", model, "--num-layers", 4, "--output", tmp_path / "model.onnx")
+    assert code == 2
+    assert "Invalid value for --num-layers: num_layers must be in [1, 3], the decoder's layers; got 4" in output
     code, output = run("export", "--model", tmp_path)
     assert code == 2
     assert "holds no model" in output
