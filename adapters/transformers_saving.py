@@ -168,8 +168,8 @@ def rename_saved(model: Host, state_dict: dict[str, Any], prefix: str) -> None:
         name = key.removeprefix(prefix)
         for rule in renamings:
             name, _ = rule.rename_source_key(name)
-        if prefix + name in own:
-            state_dict.setdefault(prefix + name, state_dict.pop(key))
+        # also where the model has no such key: a frozen batch norm takes out what a live one has counted
+        state_dict.setdefault(prefix + name, state_dict.pop(key))
 
 
 def load_pretrained(path: str | Path, **kwargs: Any) -> Host:

@@ -36,6 +36,7 @@ from dfine_plugin import (
     unwrap_decoder,
     wrap_decoder,
 )
+from dfine_plugin.benchmarks.hosts import build_host
 
 from .hosts import Host, assert_equal, build, predict, randomise_fdr, train_step, wrapped
 from .transformers_hosts import HOSTS
@@ -230,6 +231,20 @@ def test_a_model_deployed_with_fewer_layers_comes_back_with_them(host: Host, num
     assert_equal(host, model, loaded)
     assert_same_weights(model, loaded)
     assert len(loaded.model.decoder.layers) == num_layers
+
+
+def test_a_model_with_live_batch_norms_comes_back_with_the_hosts_frozen_ones(tmp_path: Path) -> None:
+    """The ablation's Deformable-DETR: its class freezes the backbone's statistics, and training from scratch cannot."""
+    torch.manual_seed(0)
+    model = wrap_decoder(build_host("deformable-detr", ["a", "b"])).eval()
+    assert any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    model.save_pretrained(tmp_path)
+    loaded = load_pretrained(tmp_path)
+    pixels = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        found, wanted = (network(pixels) for network in (loaded, model))
+    torch.testing.assert_close(found.pred_boxes, wanted.pred_boxes)
+    torch.testing.assert_close(found.logits, wanted.logits)
 
 
 def test_the_model_card_says_how_to_load_and_its_code_does(host: Host, tmp_path: Path) -> None:
