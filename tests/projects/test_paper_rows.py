@@ -44,7 +44,7 @@ def test_ours_stand_beside_the_papers(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_runs_is_refused(tmp_path: Path) -> None:
-    result = CliRunner().invoke(app, ["show", str(tmp_path)])
+    result = CliRunner().invoke(app, ["show", str(tmp_path)], env={"COLUMNS": "500"})
     assert result.exit_code == 2
     assert "holds no output folder" in result.output
 
