@@ -129,7 +129,7 @@ def plot_runs(latencies: Result, path: Path) -> None:
 def plot_ap_over_latency(latencies: Result, path: Path) -> None:
     """AP over the median latency, a bar up to the 95th percentile, of the rows whose AP is known."""
     figure, axes = plt.subplots(figsize=(9, 4), layout="constrained")
-    axes.set_prop_cycle(color=plt.get_cmap("tab20").colors)
+    axes.set_prop_cycle(color=matplotlib.color_sequences["tab20"])
     for row in latencies["rows"]:
         if row["AP"] is not None:
             middle, late = (1000 * row["seconds"][name] for name in ("median", "p95"))
