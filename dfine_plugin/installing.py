@@ -1,7 +1,7 @@
 """How to add what an extra brings to this installation."""
 
 import json
-from importlib.metadata import PackageNotFoundError, distribution
+from importlib.metadata import distributions
 from pathlib import Path
 from urllib.parse import urlparse
 from urllib.request import url2pathname
@@ -9,10 +9,11 @@ from urllib.request import url2pathname
 
 def install_hint(extra: str) -> str:
     """The command that installs this package again with an extra, from where it came: it is on no index."""
-    try:
-        source = distribution("dfine-plugin").read_text("direct_url.json")
-    except PackageNotFoundError:  # imported from its checkout
+    # a build leaves metadata in the checkout, which stands before those of the installation if the checkout is on the path
+    found = [installed.read_text("direct_url.json") for installed in distributions(name="dfine-plugin")]
+    if not found:  # imported from its checkout
         return f"pip install '{Path(__file__).resolve().parents[1]}[{extra}]'"
+    source = next(filter(None, found), None)
     if source is None:
         return f"pip install 'dfine-plugin[{extra}]'"
     origin = json.loads(source)

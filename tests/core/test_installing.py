@@ -1,7 +1,6 @@
 """The command that an error tells to run: it depends on where the package came from."""
 
 import json
-from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,10 @@ class Distribution:
         return None if self.origin is None else json.dumps(self.origin)
 
 
+def installed(monkeypatch: pytest.MonkeyPatch, *origins: Any) -> None:
+    monkeypatch.setattr(installing, "distributions", lambda name: map(Distribution, origins))
+
+
 @pytest.mark.parametrize(
     ("origin", "command"),
     [
@@ -41,13 +44,15 @@ class Distribution:
     ids=["index", "checkout", "editable", "git", "wheel"],
 )
 def test_extras_come_from_where_the_package_came(origin: Any, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(installing, "distribution", lambda name: Distribution(origin))
+    installed(monkeypatch, origin)
     assert installing.install_hint("export") == command
 
 
-def test_a_checkout_that_is_not_installed_is_installed_from(monkeypatch: pytest.MonkeyPatch) -> None:
-    def distribution(name: str) -> Distribution:
-        raise PackageNotFoundError(name)
+def test_what_a_build_left_in_the_checkout_hides_no_installation(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(monkeypatch, None, {"url": "file:///home/me/d", "dir_info": {}})
+    assert installing.install_hint("export") == "pip install '/home/me/d[export]'"
 
-    monkeypatch.setattr(installing, "distribution", distribution)
+
+def test_a_checkout_that_is_not_installed_is_installed_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(monkeypatch)
     assert installing.install_hint("bench,export") == f"pip install '{ROOT}[bench,export]'"
