@@ -18,7 +18,6 @@ from PIL import Image
 from torch import Tensor
 
 from dfine_plugin.image_sizes import RT_DETR_STRIDES, check_image_size
-from dfine_plugin.wrapping import wrap_decoder
 
 from .common import Host, first_line
 from .detrex_config import make, parts, read_config
@@ -46,7 +45,7 @@ class DetrexCheckpoint:
         self.weights = weights or folder / latest.read_text().strip()
         if not self.weights.is_file():
             raise ValueError(f"there is no file {self.weights}")
-        self.config = read_config(folder / "config.yaml")
+        self.config = read_config(folder / "config.yaml", trust)
         self.trust = trust
         self.averaged = self.config.train.get("model_ema", {}).get("enabled", False)
         # RT-DETR of dfine_plugin.projects holds transformers' model, which takes pixels from 0 to 1
@@ -57,10 +56,7 @@ class DetrexCheckpoint:
 
     def load(self) -> Host:
         """See :class:`~dfine_plugin.checkpoints.Checkpoint`."""
-        try:
-            model = make(_on_cpu(_only_wrapped(self.config.model)), self.trust)
-        except ImportError as error:
-            raise ValueError(f"{error}: detrex's checkout must be on PYTHONPATH") from error
+        model = make(_on_cpu(_only_wrapped(self.config.model)), self.trust)
         try:
             checkpoint = torch.load(self.weights, map_location="cpu", weights_only=True)
         except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
@@ -112,11 +108,9 @@ class DetrexCheckpoint:
 
 def _only_wrapped(model: DictConfig) -> DictConfig:
     """A run's model without what made it from a trained host, which its own checkpoint holds as it became."""
-    target = model._target_
-    name = target if isinstance(target, str) else f"{target.__module__}.{target.__qualname__}"
-    if name != "dfine_plugin.projects.trained.wrap_trained":
+    if model._target_ != "dfine_plugin.projects.trained.wrap_trained":
         return model
-    return L(wrap_decoder)(model=model.model, config=model.get("config"))
+    return L("dfine_plugin.wrapping.wrap_decoder")(model=model.model, config=model.get("config"))
 
 
 def _on_cpu(config: DictConfig) -> DictConfig:

@@ -5,6 +5,7 @@ where the YAML names what cannot be imported again. Here the YAML alone is read,
 is looked up, when that part is made, in libraries that hold models and nothing else.
 """
 
+import copy
 import dataclasses
 import re
 from collections.abc import Iterator, Sequence
@@ -30,14 +31,20 @@ LIBRARIES = ("detectron2", "detrex", "projects", "torch", "dfine_plugin")
 """``projects`` is what detrex's checkout calls its hosts' package."""
 
 
-def read_config(path: Path) -> DictConfig:
+def read_config(path: Path, trust: Sequence[str] = ()) -> DictConfig:
     """A run's ``config.yaml``. What it names is looked up where it is trusted, and stays a name where it is not.
+
+    Args:
+        path: of the file.
+        trust: further packages whose classes its models may be given.
 
     Raises:
         ValueError: the file cannot be read, or holds what only running code would make.
     """
     try:
-        content = yaml.load(path.read_text(), _PlainLoader)
+        loader = _PlainLoader(path.read_text())
+        loader.trust = trust
+        content = loader.get_single_data()
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if not isinstance(content, dict):
@@ -55,13 +62,14 @@ def make(config: Any, trust: Sequence[str] = ()) -> Any:
     Raises:
         ValueError: it names something else. Nothing has been called.
     """
+    config = copy.deepcopy(config)
     for part in parts(config):
         if "_target_" in part:
             part._target_ = find_trusted(part._target_, trust)
     return instantiate(config)
 
 
-def find_trusted(target: Any, trust: Sequence[str] = ()) -> Any:
+def find_trusted(name: str, trust: Sequence[str] = ()) -> Any:
     """The class or function that a config names.
 
     Looking a name up imports the library that it begins with, so that is checked first; then where what is found there
@@ -70,7 +78,8 @@ def find_trusted(target: Any, trust: Sequence[str] = ()) -> Any:
     Raises:
         ValueError: it is not trusted, or not there.
     """
-    name = target if isinstance(target, str) else _name_of(target)
+    if not isinstance(name, str):
+        raise ValueError(f"the run's config calls {name}, which is no name")
     library = name.partition(".")[0]
     if library not in (*LIBRARIES, *(package.partition(".")[0] for package in trust)):
         raise ValueError(
@@ -80,9 +89,11 @@ def find_trusted(target: Any, trust: Sequence[str] = ()) -> Any:
     try:
         found = locate(name)
     except Exception as error:  # whatever a module raises at its import
-        raise ValueError(f"the run's config calls {name}, which cannot be imported: {first_line(error)}") from error
+        advice = ": detrex's checkout must be on PYTHONPATH" if library == "projects" else ""
+        reason = f"{first_line(error)}{advice}"
+        raise ValueError(f"the run's config calls {name}, which cannot be imported: {reason}") from error
     packages = [*TRUSTED, *(re.escape(package) for package in trust)]
-    origin = _name_of(found)
+    origin = f"{getattr(found, '__module__', '')}.{getattr(found, '__qualname__', type(found).__qualname__)}"
     if not any(re.match(rf"{package}\.", origin) for package in packages):
         raise ValueError(f"the run's config calls {name}, which is {origin}: no part of a model, and not run unasked")
     return found
@@ -100,22 +111,20 @@ def parts(config: Any) -> Iterator[DictConfig]:
             yield from parts(element)
 
 
-def _name_of(found: Any) -> str:
-    return f"{getattr(found, '__module__', '')}.{getattr(found, '__qualname__', type(found).__qualname__)}"
-
-
 class _PlainLoader(yaml.SafeLoader):
     """Reads YAML as data, with the names, tuples and dataclasses that detectron2 writes into it."""
 
+    trust: Sequence[str] = ()
 
-def _construct_name(loader: yaml.SafeLoader, name: str, node: yaml.Node) -> Any:
+
+def _construct_name(loader: _PlainLoader, name: str, node: yaml.Node) -> Any:
     try:
-        return find_trusted(name)  # a class that a model takes as an argument
+        return find_trusted(name, loader.trust)  # a class that a model takes as an argument
     except ValueError:
         return {"_target_": name}  # such as a config file's lambda: no more than a name, unless a model asks for it
 
 
-def _construct_object(loader: yaml.SafeLoader, name: str, node: yaml.Node) -> Any:
+def _construct_object(loader: _PlainLoader, name: str, node: yaml.Node) -> Any:
     assert isinstance(node, yaml.MappingNode)
     state = loader.construct_mapping(node, deep=True)
     cls = _construct_name(loader, name, node)

@@ -38,9 +38,6 @@ decoder layers. The rest of ``config.json`` is the host's, and says how many the
 NO_FILE = "load_this_with_dfine_plugin.load_pretrained.safetensors"
 """The weights that ``config.json`` names: nobody finds the file, and the error shows its name."""
 
-PLACE = "path/or/name"
-"""What the model card loads: a folder does not know where it will lie."""
-
 _WEIGHTS = "transformers_weights"
 """transformers' key of ``config.json`` for a file of weights of another name than its own."""
 
@@ -101,7 +98,7 @@ drop the FDR head:
 ```python
 from dfine_plugin import load_pretrained
 
-model = load_pretrained("{PLACE}")  # this folder, or the repository's name; then a {name} like any other
+model = load_pretrained("path/or/name")  # this folder, or the repository's name; then a {name} like any other
 ```
 
 Settings of the FDR head:

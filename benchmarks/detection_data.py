@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,6 +70,15 @@ class TrainingView(Dataset[dict[str, Any]]):
 def normalise(images: Tensor) -> Tensor:
     """uint8 images (B, 3, H, W) as float32 in -1 .. 1."""
     return images.float().div_(127.5).sub_(1)
+
+
+def normalised(images: Tensor, normalisation: Mapping[str, Any]) -> Tensor:
+    """RGB images (B, 3, H, W) in 0 .. 255 as a checkpoint's model takes them; float32."""
+    if normalisation["channels"] == "BGR":
+        images = images.flip(1)
+    pixels = images.float() * normalisation["scale"]
+    mean, deviation = (pixels.new_tensor(normalisation[key])[:, None, None] for key in ("mean", "std"))
+    return (pixels - mean) / deviation
 
 
 def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -78,8 +78,9 @@ def without_duplicates(detections: Detected) -> Detected:
     return detections[kept.sort().values.numpy()]
 
 
-def ious(detections: Detected, coco: dict[str, Any]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """For each truth that is no crowd: the detections in its image and of its class as indices, and their IoUs."""
+def ious(detections: Detected, coco: dict[str, Any]) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """For each truth that is no crowd: its box (1, 4) xywh, the detections in its image and of its class as indices
+    (n,), and their IoUs (n,)."""
     ours: dict[tuple[int, int], list[int]] = {}
     for index, (image, category) in enumerate(detections[:, [0, 6]].astype(int).tolist()):
         ours.setdefault((image, category), []).append(index)
@@ -87,13 +88,13 @@ def ious(detections: Detected, coco: dict[str, Any]) -> Iterator[tuple[np.ndarra
         if not truth.get("iscrowd"):
             rows = np.array(ours.get((truth["image_id"], truth["category_id"]), []), dtype=int)
             box = np.array([truth["bbox"]], dtype=np.float64)
-            yield rows, coco_mask.iou(detections[rows, 1:5], box, [0])[:, 0] if len(rows) else np.zeros(0)
+            yield box, rows, coco_mask.iou(detections[rows, 1:5], box, [0])[:, 0] if len(rows) else np.zeros(0)
 
 
 def ranked_by_iou(detections: Detected, coco: dict[str, Any]) -> Detected:
     """The detections with their best IoU to a truth of their class as score."""
     scores = np.zeros(len(detections))
-    for rows, iou in ious(detections, coco):
+    for _, rows, iou in ious(detections, coco):
         scores[rows] = np.maximum(scores[rows], iou)
     ranked = detections.copy()
     ranked[:, 5] = scores
@@ -107,13 +108,12 @@ def within_bins(detections: Detected, frames: Detected, coco: dict[str, Any], we
     """
     overlap = np.full(len(detections), NEAR_IOU)
     best = detections.copy()
-    truths = (truth for truth in coco["annotations"] if not truth.get("iscrowd"))
-    for truth, (rows, iou) in zip(truths, ious(detections, coco), strict=True):
+    for truth, rows, iou in ious(detections, coco):
         nearest = iou > overlap[rows]
         rows = rows[nearest]
         overlap[rows] = iou[nearest]
         frame = box_convert(torch.from_numpy(frames[rows, 1:5]), "xywh", "cxcywh")
-        target = box_convert(torch.tensor([truth["bbox"]], dtype=frame.dtype), "xywh", "cxcywh").expand_as(frame)
+        target = box_convert(torch.from_numpy(truth), "xywh", "cxcywh").expand_as(frame)
         offsets = edge_offsets(frame, target).clamp(weights[0], weights[-1]) * frame[:, 2:].repeat(1, 2)
         outwards = offsets * offsets.new_tensor([-1, -1, 1, 1])
         best[rows, 1:5] = box_convert(to_corners(frame) + outwards, "xyxy", "xywh").numpy()
@@ -123,7 +123,7 @@ def within_bins(detections: Detected, frames: Detected, coco: dict[str, Any], we
 def overlaps(detections: Detected, coco: dict[str, Any]) -> dict[str, float]:
     """Recall at two IoUs in percent, and near duplicates per truth found, of truths that are no crowds."""
     best, duplicates = [], []
-    for rows, iou in ious(detections, coco):
+    for _, rows, iou in ious(detections, coco):
         best.append(float(iou.max(initial=0.0)))
         scores = detections[rows, 5][iou > NEAR_IOU]
         if len(scores):

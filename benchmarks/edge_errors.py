@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import box_iou
 
-from dfine_plugin.benchmarks.detection_data import DetectionData
+from dfine_plugin.benchmarks.detection_data import DetectionData, normalised
 from dfine_plugin.boxes import edge_offsets, to_corners
 from dfine_plugin.wrapping import predict_distributions
 
@@ -95,15 +95,6 @@ def cumulative(probabilities: Tensor, weights: Tensor, offsets: Tensor) -> Tenso
     borders = torch.cat([weights[:1], (weights[1:] + weights[:-1]) / 2, weights[-1:]])
     inside = (offsets[..., None] - borders[:-1]) / borders.diff()
     return (probabilities * inside.clamp(0, 1)).sum(-1)
-
-
-def normalised(images: Tensor, normalisation: Mapping[str, Any]) -> Tensor:
-    """uint8 RGB images (B, 3, H, W) as a checkpoint's model takes them."""
-    if normalisation["channels"] == "BGR":
-        images = images.flip(1)
-    pixels = images.float() * normalisation["scale"]
-    mean, deviation = (pixels.new_tensor(normalisation[key])[:, None, None] for key in ("mean", "std"))
-    return (pixels - mean) / deviation
 
 
 @torch.no_grad()

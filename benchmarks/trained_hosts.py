@@ -84,9 +84,10 @@ def _take_benchmarks_images(model: nn.Module, folder: Path) -> None:
 def _renormalise(
     own: Mapping[str, Any], model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    from dfine_plugin.benchmarks.detection_data import normalised
+
     pixels = args[0] if args else kwargs["pixel_values"]
-    mean, deviation = (pixels.new_tensor(own[key])[:, None, None] for key in ("mean", "std"))
-    pixels = ((pixels + 1) * (127.5 * own["scale"]) - mean) / deviation
+    pixels = normalised((pixels + 1) * 127.5, own)
     return ((pixels, *args[1:]), kwargs) if args else ((), {**kwargs, "pixel_values": pixels})
 
 

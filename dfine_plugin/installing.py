@@ -9,7 +9,7 @@ from urllib.request import url2pathname
 
 def install_hint(extra: str) -> str:
     """The command that installs this package again with an extra, from where it came: it is on no index."""
-    # a build leaves metadata in the checkout, which stands before those of the installation if the checkout is on the path
+    # a build leaves metadata in its checkout, which come first where the checkout is on the path
     found = [installed.read_text("direct_url.json") for installed in distributions(name="dfine-plugin")]
     if not found:  # imported from its checkout
         return f"pip install '{Path(__file__).resolve().parents[1]}[{extra}]'"

@@ -30,8 +30,8 @@ from dfine_plugin.benchmarks.calibration_errors import (
     quantile_error,
     summarise,
 )
-from dfine_plugin.benchmarks.detection_data import DetectionData
-from dfine_plugin.benchmarks.edge_errors import EdgeErrors, cumulative, edge_errors, match, normalised
+from dfine_plugin.benchmarks.detection_data import DetectionData, normalised
+from dfine_plugin.benchmarks.edge_errors import EdgeErrors, cumulative, edge_errors, match
 from dfine_plugin.benchmarks.trained_hosts import TRAINED, load_trained
 from dfine_plugin.boxes import edge_offsets
 from dfine_plugin.checkpoints import open_checkpoint

@@ -229,6 +229,20 @@ def test_a_name_that_leads_to_no_part_of_a_model_is_refused(target: str, origin:
         run.load()
 
 
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("projects.nowhere.modeling.Detr", r"cannot be imported: .*: detrex's checkout must be on PYTHONPATH"),
+        ("detrex.modeling.Nowhere", r"calls detrex\.modeling\.Nowhere, which cannot be imported: "),
+        ({"_target_": "os.getcwd"}, r"calls \{'_target_': 'os\.getcwd'\}, which is no name"),
+    ],
+)
+def test_what_is_not_there_is_told(target: Any, message: str, tmp_path: Path) -> None:
+    run = open_checkpoint(run_of(tmp_path, model__model__neck={"_target_": target}))
+    with pytest.raises(ValueError, match=message):
+        run.load()
+
+
 @pytest.mark.parametrize("where", ["dataloader.test.mapper.augmentation", "dataloader.test.dataset.names"])
 def test_what_lies_beside_the_model_is_looked_at_as_well(where: str, tmp_path: Path) -> None:
     run = open_checkpoint(run_of(tmp_path, **{where.replace(".", "__"): {"_target_": "os.getcwd"}}))
@@ -266,6 +280,8 @@ def test_yaml_and_pickles_run_nothing(tmp_path: Path) -> None:
 
 
 def test_a_users_own_code_runs_when_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dfine_plugin.adapters.detrex_config import read_config
+
     package = tmp_path / "own_package"
     package.mkdir()
     (package / "__init__.py").write_text("from detrex.modeling import ChannelMapper as _Mapper\n\n\n")
@@ -281,6 +297,10 @@ def test_a_users_own_code_runs_when_trusted(tmp_path: Path, monkeypatch: pytest.
     assert type(open_checkpoint(run, trust=["own_package"]).load().neck).__name__ == "Neck"
     with pytest.raises(ValueError, match=r"calls own_package"):
         open_checkpoint(run, trust=["own"]).load()
+    as_argument = tmp_path / "config.yaml"  # as detectron2 writes a class
+    as_argument.write_text("neck: !!python/name:own_package.necks.Neck ''\n")
+    assert read_config(as_argument).neck == {"_target_": "own_package.necks.Neck"}
+    assert read_config(as_argument, ["own_package"]).neck.__name__ == "Neck"
 
 
 def test_every_config_of_the_projects_can_be_made_from_what_is_saved_of_it(tmp_path: Path) -> None:
