@@ -98,7 +98,7 @@ def make_ours(sizes: Sizes, device: torch.device) -> Callable[[Step], Losses]:
     """The criterion of a wrapped RT-DETR, as `step -> weighted losses`."""
     from transformers import RTDetrConfig, RTDetrResNetConfig
 
-    from dfine_plugin.adapters.transformers_rt_detr import RTDetrGOLSDLoss
+    from dfine_plugin.adapters.transformers.rt_detr import RTDetrGOLSDLoss
 
     settings: dict[str, Any] = {"num_labels": sizes.classes}
     config = RTDetrConfig(backbone_config=RTDetrResNetConfig(), **settings)

@@ -70,10 +70,10 @@ def load_pretrained(path: str | Path, **kwargs: Any) -> nn.Module:
         ImportError: transformers is not installed; names the extra.
     """
     try:
-        from .adapters import transformers_saving
+        from .adapters.transformers import saving
     except ImportError as error:
         raise ImportError(f"load_pretrained: {error}; {install_hint('transformers')}") from error
-    return transformers_saving.load_pretrained(path, **kwargs)
+    return saving.load_pretrained(path, **kwargs)
 
 
 def open_checkpoint(path: str | Path, trust: Sequence[str] = ()) -> Checkpoint:
@@ -91,13 +91,13 @@ def open_checkpoint(path: str | Path, trust: Sequence[str] = ()) -> Checkpoint:
     """
     path = Path(path)
     if (path / "config.json").is_file():
-        from .adapters.transformers_checkpoint import TransformersCheckpoint
+        from .adapters.transformers.checkpoint import TransformersCheckpoint
 
         return TransformersCheckpoint(path)
     folder, weights = (path.parent, path) if path.suffix == ".pth" else (path, None)
     if (folder / "config.yaml").is_file():
         try:
-            from .adapters.detrex_checkpoint import DetrexCheckpoint
+            from .adapters.detrex.checkpoint import DetrexCheckpoint
         except ImportError as error:
             raise ImportError(
                 f"{folder} holds a run of detrex, which needs detrex and detectron2 (see detrex's installation "

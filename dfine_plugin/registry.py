@@ -55,18 +55,18 @@ class Adapter(Protocol):
 
 
 _BUILT_IN = {
-    "transformers.models.rt_detr.modeling_rt_detr.RTDetrForObjectDetection": "transformers_rt_detr",
-    "transformers.models.rt_detr_v2.modeling_rt_detr_v2.RTDetrV2ForObjectDetection": "transformers_rt_detr",
+    "transformers.models.rt_detr.modeling_rt_detr.RTDetrForObjectDetection": "transformers.rt_detr",
+    "transformers.models.rt_detr_v2.modeling_rt_detr_v2.RTDetrV2ForObjectDetection": "transformers.rt_detr",
     "transformers.models.deformable_detr.modeling_deformable_detr.DeformableDetrForObjectDetection": (
-        "transformers_deformable_detr"
+        "transformers.deformable_detr"
     ),
-    "projects.deformable_detr.modeling.deformable_detr.DeformableDETR": "detrex_deformable_detr",
-    "projects.h_deformable_detr.modeling.h_deformable_detr.HDeformableDETR": "detrex_h_deformable_detr",
-    "projects.dab_deformable_detr.modeling.dab_deformable_detr.DabDeformableDETR": "detrex_dab_deformable_detr",
-    "projects.dn_deformable_detr.modeling.dn_deformable_detr.DNDeformableDETR": "detrex_dn_deformable_detr",
-    "projects.dino.modeling.dino.DINO": "detrex_dino",
-    "projects.dab_detr.modeling.dab_detr.DABDETR": "detrex_dab_detr",
-    "projects.dn_detr.modeling.dn_detr.DNDETR": "detrex_dn_detr",
+    "projects.deformable_detr.modeling.deformable_detr.DeformableDETR": "detrex.deformable_detr",
+    "projects.h_deformable_detr.modeling.h_deformable_detr.HDeformableDETR": "detrex.h_deformable_detr",
+    "projects.dab_deformable_detr.modeling.dab_deformable_detr.DabDeformableDETR": "detrex.dab_deformable_detr",
+    "projects.dn_deformable_detr.modeling.dn_deformable_detr.DNDeformableDETR": "detrex.dn_deformable_detr",
+    "projects.dino.modeling.dino.DINO": "detrex.dino",
+    "projects.dab_detr.modeling.dab_detr.DABDETR": "detrex.dab_detr",
+    "projects.dn_detr.modeling.dn_detr.DNDETR": "detrex.dn_detr",
 }
 """Host class to the module of ``dfine_plugin.adapters`` that registers its adapter."""
 

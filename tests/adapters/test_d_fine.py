@@ -6,7 +6,7 @@ from torch import Tensor
 from transformers import DFineConfig, DFineForObjectDetection
 
 from dfine_plugin import decode_boxes
-from dfine_plugin.adapters.transformers_d_fine import fdr_head_of
+from dfine_plugin.adapters.transformers.d_fine import fdr_head_of
 from dfine_plugin.boxes import inverse_sigmoid
 
 from .hosts import images

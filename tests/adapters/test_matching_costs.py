@@ -42,12 +42,12 @@ def test_a_matcher_that_nobody_knows_is_asked_itself(host: Host, monkeypatch: py
     if host.name.startswith("detrex"):
         kind = type(model.criterion.matcher)
     else:
-        from dfine_plugin.adapters import transformers_deformable_detr, transformers_rt_detr
+        from dfine_plugin.adapters.transformers import deformable_detr, rt_detr
 
         if host.name.startswith("rt-detr"):
-            module, name = transformers_rt_detr, "RTDetrHungarianMatcher"
+            module, name = rt_detr, "RTDetrHungarianMatcher"
         else:
-            module, name = transformers_deformable_detr, "DeformableDetrHungarianMatcher"
+            module, name = deformable_detr, "DeformableDetrHungarianMatcher"
         kind = getattr(module, name)
 
     forward = kind.forward

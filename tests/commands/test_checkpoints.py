@@ -65,6 +65,6 @@ def test_a_folder_without_a_model_is_said(tmp_path: Path) -> None:
 def test_a_run_of_detrex_without_detrex_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "config.yaml").write_text("model: {}")
     monkeypatch.setitem(sys.modules, "detectron2.config", None)
-    monkeypatch.delitem(sys.modules, "dfine_plugin.adapters.detrex_checkpoint", raising=False)
+    monkeypatch.delitem(sys.modules, "dfine_plugin.adapters.detrex.checkpoint", raising=False)
     with pytest.raises(ImportError, match="a run of detrex, which needs detrex and detectron2"):
         open_checkpoint(tmp_path)

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from dfine_plugin.checkpoints import input_size, open_checkpoint
 
-from ..adapters.detrex_hosts import missing
+from ..adapters.detrex.hosts import missing
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.detrex, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
@@ -280,7 +280,7 @@ def test_yaml_and_pickles_run_nothing(tmp_path: Path) -> None:
 
 
 def test_a_users_own_code_runs_when_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dfine_plugin.adapters.detrex_config import read_config
+    from dfine_plugin.adapters.detrex.config import read_config
 
     package = tmp_path / "own_package"
     package.mkdir()
@@ -307,8 +307,8 @@ def test_every_config_of_the_projects_can_be_made_from_what_is_saved_of_it(tmp_p
     """All that they name is trusted; no pickle is needed."""
     from detectron2.config import LazyConfig
 
-    from dfine_plugin.adapters.detrex_checkpoint import _only_wrapped
-    from dfine_plugin.adapters.detrex_config import find_trusted, parts, read_config
+    from dfine_plugin.adapters.detrex.checkpoint import _only_wrapped
+    from dfine_plugin.adapters.detrex.config import find_trusted, parts, read_config
 
     checked = 0
     for path in sorted((ROOT / "projects").glob("*/configs/*.py")):

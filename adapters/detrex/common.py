@@ -36,9 +36,9 @@ from dfine_plugin.record import (
 from dfine_plugin.validation import check_targets
 from dfine_plugin.wrapping import binding_of
 
-from . import common, recomputed_boxes
-from .common import Host, Retired
-from .recomputed_boxes import four, logit
+from .. import common, recomputed_boxes
+from ..common import Host, Retired
+from ..recomputed_boxes import four, logit
 
 DECODER = "transformer.decoder"
 

@@ -7,7 +7,7 @@ from projects.dino.modeling import DINOCriterion, DINOTransformerDecoder
 
 from dfine_plugin.registry import register_adapter
 
-from . import detrex_common as common
+from . import common
 
 
 class FDRDINODecoder(common.RefiningDecoder, DINOTransformerDecoder):

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from dfine_plugin.image_sizes import RT_DETR_STRIDES, check_image_size
 
-from .common import Host, first_line
-from .detrex_config import make, parts, read_config
+from ..common import Host, first_line
+from .config import make, parts, read_config
 
 
 class DetrexCheckpoint:

@@ -22,8 +22,8 @@ from dfine_plugin.head import FDRHead, locate_initial_boxes
 from dfine_plugin.record import FDRRecord, closes_on_interrupt, current_record, current_scope, leave_record
 from dfine_plugin.registry import register_adapter
 
-from . import common
-from . import transformers_common as hf
+from .. import common
+from . import common as hf
 
 
 class RefiningLoop:

@@ -18,8 +18,8 @@ from dfine_plugin.head import FDRHead, locate_initial_boxes
 from dfine_plugin.record import FDRRecord, closes_on_interrupt, current_record, leave_record
 from dfine_plugin.registry import register_adapter
 
-from . import common, recomputed_boxes
-from . import transformers_common as hf
+from .. import common, recomputed_boxes
+from . import common as hf
 
 
 class FDRDeformableDetrDecoder(host.DeformableDetrDecoder):

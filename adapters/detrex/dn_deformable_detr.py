@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dfine_plugin.registry import register_adapter
 
-from . import detrex_common as common
+from . import common
 
 
 class FDRDNDeformableDetrDecoder(common.RefiningDecoder, DNDeformableDetrTransformerDecoder):

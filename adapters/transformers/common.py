@@ -14,9 +14,9 @@ from dfine_plugin.head import FDRHead
 from dfine_plugin.validation import check_targets
 from dfine_plugin.wrapping import binding_of
 
-from . import common
-from . import transformers_saving as saving
-from .common import Host
+from .. import common
+from ..common import Host
+from . import saving
 
 
 @dataclass

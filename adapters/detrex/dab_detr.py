@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from dfine_plugin.record import FDRRecord, current_record, current_scope
 from dfine_plugin.registry import register_adapter
 
-from . import common as adapters
-from . import detrex_common as common
-from . import recomputed_boxes
-from .recomputed_boxes import logit
+from .. import common as adapters
+from .. import recomputed_boxes
+from ..recomputed_boxes import logit
+from . import common
 
 
 class SharedRefiningBoxHead(MLP):

@@ -6,7 +6,7 @@ from projects.deformable_detr.modeling import DeformableCriterion, DeformableDet
 
 from dfine_plugin.registry import register_adapter
 
-from . import detrex_common as common
+from . import common
 
 
 class FDRDeformableDetrDecoder(common.RefiningDecoder, DeformableDetrTransformerDecoder):

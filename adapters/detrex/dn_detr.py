@@ -6,8 +6,8 @@ from projects.dn_detr.modeling import DNCriterion, DNDetrTransformerDecoder
 
 from dfine_plugin.registry import register_adapter
 
-from . import detrex_common as common
-from .detrex_dab_detr import QueriesFirstDecoder, SharedBoxHeadAdapter
+from . import common
+from .dab_detr import QueriesFirstDecoder, SharedBoxHeadAdapter
 
 
 class FDRDNDetrDecoder(QueriesFirstDecoder, DNDetrTransformerDecoder):

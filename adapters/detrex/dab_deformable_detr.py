@@ -6,7 +6,7 @@ from projects.dab_deformable_detr.modeling import DabDeformableDetrTransformerDe
 
 from dfine_plugin.registry import register_adapter
 
-from . import detrex_common as common
+from . import common
 
 
 class FDRDabDeformableDetrDecoder(common.RefiningDecoder, DabDeformableDetrTransformerDecoder):

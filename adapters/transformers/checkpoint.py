@@ -14,8 +14,8 @@ from transformers.utils import IMAGE_PROCESSOR_NAME, logging
 
 from dfine_plugin.image_sizes import check_image_size
 
-from .common import Host, first_line
-from .transformers_saving import SETTINGS, load_pretrained
+from ..common import Host, first_line
+from .saving import SETTINGS, load_pretrained
 
 IMAGE_SIZE = 640
 """Pixels, where neither the caller nor the checkpoint says."""

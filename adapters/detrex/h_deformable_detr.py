@@ -9,8 +9,8 @@ from dfine_plugin.config import FDRConfig
 from dfine_plugin.matching import Pairs
 from dfine_plugin.registry import register_adapter
 
-from . import detrex_common as common
-from .common import Host, Retired
+from ..common import Host, Retired
+from . import common
 
 
 class FDRHDeformableDetrDecoder(common.RefiningDecoder, HDeformableDetrTransformerDecoder):
