@@ -6,21 +6,23 @@ from projects.dab_deformable_detr.modeling import DabDeformableDetrTransformerDe
 
 from dfine_plugin.registry import register_adapter
 
-from . import common
+from .adapter import DetrexAdapter
+from .criterion import GOLSDCriterion
+from .decoder import RefiningDecoder
 
 
-class FDRDabDeformableDetrDecoder(common.RefiningDecoder, DabDeformableDetrTransformerDecoder):
+class FDRDabDeformableDetrDecoder(RefiningDecoder, DabDeformableDetrTransformerDecoder):
     """The host's decoder, refining distributions."""
 
 
-class GOLSDTwoStageCriterion(common.GOLSDCriterion, TwoStageCriterion):
+class GOLSDTwoStageCriterion(GOLSDCriterion, TwoStageCriterion):
     """The host's criterion, fed with the union."""
 
     encoder_is_decoded = True
 
 
 @register_adapter("projects.dab_deformable_detr.modeling.dab_deformable_detr.DabDeformableDETR")
-class DabDeformableDetrAdapter(common.DetrexAdapter):
+class DabDeformableDetrAdapter(DetrexAdapter):
     """DAB-Deformable-DETR."""
 
     decoder_classes: ClassVar = {DabDeformableDetrTransformerDecoder: FDRDabDeformableDetrDecoder}

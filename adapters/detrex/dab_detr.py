@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from dfine_plugin.record import FDRRecord, current_record, current_scope
 from dfine_plugin.registry import register_adapter
 
-from .. import common as adapters
-from .. import recomputed_boxes
+from .. import common, recomputed_boxes
 from ..recomputed_boxes import logit
-from . import common
+from .adapter import DECODER, DetrexAdapter
+from .criterion import GOLSDCriterion
+from .decoder import RefiningDecoder
 
 
 class SharedRefiningBoxHead(MLP):
@@ -51,7 +52,7 @@ class StackedClassifier(nn.Linear):
         return logits + torch.stack(record.quality_logits).to(logits.dtype) if record.quality_logits else logits
 
 
-class QueriesFirstDecoder(common.RefiningDecoder):
+class QueriesFirstDecoder(RefiningDecoder):
     """Mixin before a decoder of the family."""
 
     def initial_reference_logits(self, **inputs: Any) -> Tensor:
@@ -62,7 +63,7 @@ class QueriesFirstDecoder(common.RefiningDecoder):
         return recomputed_boxes.with_channels(hidden_states[-1], delta, record.quality_logits)[None], references[-1:]
 
 
-class SharedBoxHeadAdapter(common.DetrexAdapter):
+class SharedBoxHeadAdapter(DetrexAdapter):
     """Base of the adapters for hosts with one box head. It stays, to locate the initial boxes: nothing retires."""
 
     reported_norm = "post_norm_layer"
@@ -70,19 +71,19 @@ class SharedBoxHeadAdapter(common.DetrexAdapter):
     def first_box_head(self, model: Any) -> nn.Module:
         return model.bbox_embed
 
-    def attach_heads(self, model: Any, num_layers: int, retired: adapters.Retired) -> None:
+    def attach_heads(self, model: Any, num_layers: int, retired: common.Retired) -> None:
         retired.box_heads = [model.bbox_embed] * (num_layers - 1)
         for name, twin in (
-            (f"{common.DECODER}.bbox_embed", SharedRefiningBoxHead),
+            (f"{DECODER}.bbox_embed", SharedRefiningBoxHead),
             ("bbox_embed", StackedBoxHead),
             ("class_embed", StackedClassifier),
         ):
-            head = adapters.sharing_copy(model.get_submodule(name))
-            adapters.recast(head, twin)
+            head = common.sharing_copy(model.get_submodule(name))
+            common.recast(head, twin)
             retired.replace(model, name, head)
 
     def deploy_heads(self, model: Any) -> None:
-        adapters.recast(model.class_embed, recomputed_boxes.DeployedClassifier)
+        common.recast(model.class_embed, recomputed_boxes.DeployedClassifier)
         model.bbox_embed = recomputed_boxes.DeployedBoxHead(model.class_embed.in_features)
 
 
@@ -90,7 +91,7 @@ class FDRDabDetrDecoder(QueriesFirstDecoder, DabDetrTransformerDecoder):
     """The host's decoder, refining distributions."""
 
 
-class GOLSDSetCriterion(common.GOLSDCriterion, SetCriterion):
+class GOLSDSetCriterion(GOLSDCriterion, SetCriterion):
     """The host's criterion, fed with the union."""
 
 

@@ -6,21 +6,23 @@ from projects.deformable_detr.modeling import DeformableCriterion, DeformableDet
 
 from dfine_plugin.registry import register_adapter
 
-from . import common
+from .adapter import DetrexAdapter
+from .criterion import GOLSDCriterion
+from .decoder import RefiningDecoder
 
 
-class FDRDeformableDetrDecoder(common.RefiningDecoder, DeformableDetrTransformerDecoder):
+class FDRDeformableDetrDecoder(RefiningDecoder, DeformableDetrTransformerDecoder):
     """The host's decoder, refining distributions."""
 
 
-class GOLSDDeformableCriterion(common.GOLSDCriterion, DeformableCriterion):
+class GOLSDDeformableCriterion(GOLSDCriterion, DeformableCriterion):
     """The host's criterion, fed with the union. Its encoder set holds every token, so it keeps its own pairs."""
 
     encoder_is_binary = True
 
 
 @register_adapter("projects.deformable_detr.modeling.deformable_detr.DeformableDETR")
-class DeformableDetrAdapter(common.DetrexAdapter):
+class DeformableDetrAdapter(DetrexAdapter):
     """Deformable-DETR."""
 
     decoder_classes: ClassVar = {DeformableDetrTransformerDecoder: FDRDeformableDetrDecoder}

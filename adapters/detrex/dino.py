@@ -7,14 +7,16 @@ from projects.dino.modeling import DINOCriterion, DINOTransformerDecoder
 
 from dfine_plugin.registry import register_adapter
 
-from . import common
+from .adapter import DetrexAdapter
+from .criterion import GOLSDCriterion
+from .decoder import RefiningDecoder
 
 
-class FDRDINODecoder(common.RefiningDecoder, DINOTransformerDecoder):
+class FDRDINODecoder(RefiningDecoder, DINOTransformerDecoder):
     """The host's decoder, refining distributions."""
 
 
-class GOLSDDINOCriterion(common.GOLSDCriterion, DINOCriterion):
+class GOLSDDINOCriterion(GOLSDCriterion, DINOCriterion):
     """The host's criterion, fed with the union. Its denoising queries come in ``dn_metas``."""
 
     denoises = True
@@ -30,7 +32,7 @@ class GOLSDDINOCriterion(common.GOLSDCriterion, DINOCriterion):
 
 
 @register_adapter("projects.dino.modeling.dino.DINO")
-class DINOAdapter(common.DetrexAdapter):
+class DINOAdapter(DetrexAdapter):
     """DINO."""
 
     decoder_classes: ClassVar = {DINOTransformerDecoder: FDRDINODecoder}

@@ -7,19 +7,21 @@ from torch import Tensor
 
 from dfine_plugin.registry import register_adapter
 
-from . import common
+from .adapter import DetrexAdapter
+from .criterion import DenoisingOutputs
+from .decoder import RefiningDecoder
 
 
-class FDRDNDeformableDetrDecoder(common.RefiningDecoder, DNDeformableDetrTransformerDecoder):
+class FDRDNDeformableDetrDecoder(RefiningDecoder, DNDeformableDetrTransformerDecoder):
     """The host's decoder, refining distributions."""
 
 
-class GOLSDDenoisingCriterion(common.DenoisingOutputs, DNCriterion):
+class GOLSDDenoisingCriterion(DenoisingOutputs, DNCriterion):
     """The host's criterion, fed with the union."""
 
 
 @register_adapter("projects.dn_deformable_detr.modeling.dn_deformable_detr.DNDeformableDETR")
-class DNDeformableDetrAdapter(common.DetrexAdapter):
+class DNDeformableDetrAdapter(DetrexAdapter):
     """DN-Deformable-DETR."""
 
     decoder_classes: ClassVar = {DNDeformableDetrTransformerDecoder: FDRDNDeformableDetrDecoder}

@@ -6,7 +6,7 @@ from projects.dn_detr.modeling import DNCriterion, DNDetrTransformerDecoder
 
 from dfine_plugin.registry import register_adapter
 
-from . import common
+from .criterion import DenoisingOutputs
 from .dab_detr import QueriesFirstDecoder, SharedBoxHeadAdapter
 
 
@@ -14,7 +14,7 @@ class FDRDNDetrDecoder(QueriesFirstDecoder, DNDetrTransformerDecoder):
     """The host's decoder, refining distributions."""
 
 
-class GOLSDDenoisingCriterion(common.DenoisingOutputs, DNCriterion):
+class GOLSDDenoisingCriterion(DenoisingOutputs, DNCriterion):
     """The host's criterion, fed with the union."""
 
 

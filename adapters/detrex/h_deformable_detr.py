@@ -10,14 +10,16 @@ from dfine_plugin.matching import Pairs
 from dfine_plugin.registry import register_adapter
 
 from ..common import Host, Retired
-from . import common
+from .adapter import DetrexAdapter
+from .criterion import GOLSDCriterion
+from .decoder import RefiningDecoder
 
 
-class FDRHDeformableDetrDecoder(common.RefiningDecoder, HDeformableDetrTransformerDecoder):
+class FDRHDeformableDetrDecoder(RefiningDecoder, HDeformableDetrTransformerDecoder):
     """The host's decoder, refining distributions."""
 
 
-class GOLSDHybridCriterion(common.GOLSDCriterion, DeformableCriterion):
+class GOLSDHybridCriterion(GOLSDCriterion, DeformableCriterion):
     """The host's criterion, fed with a union for each branch.
 
     The model adds ``_one2many`` to the names of the second branch's terms, and to those in ``weight_dict``. It repeats
@@ -46,7 +48,7 @@ class GOLSDHybridCriterion(common.GOLSDCriterion, DeformableCriterion):
 
 
 @register_adapter("projects.h_deformable_detr.modeling.h_deformable_detr.HDeformableDETR")
-class HDeformableDetrAdapter(common.DetrexAdapter):
+class HDeformableDetrAdapter(DetrexAdapter):
     """H-Deformable-DETR."""
 
     decoder_classes: ClassVar = {HDeformableDetrTransformerDecoder: FDRHDeformableDetrDecoder}
