@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dfine_plugin.boxes import straight_through_clamp
 from dfine_plugin.record import current_record
 
-from .common import Host, Retired, recast, sharing_copy
+from .host_parts import Host, Retired, recast, sharing_copy
 
 LOGIT_EPS = 1e-5
 """The host reports sigmoids, which reach neither 0 nor 1: boxes are held this far inside."""

@@ -75,9 +75,9 @@ def code_digest() -> str:
     import dfine_plugin.adapters
 
     digest = hashlib.sha256()
-    for package in (dfine_plugin, dfine_plugin.adapters):
-        for path in sorted(Path(package.__path__[0]).glob("*.py")):
-            digest.update(path.read_bytes())
+    own, adapters = (Path(package.__path__[0]) for package in (dfine_plugin, dfine_plugin.adapters))
+    for path in [*sorted(own.glob("*.py")), *sorted(adapters.rglob("*.py"))]:
+        digest.update(path.read_bytes())
     return digest.hexdigest()[:10]
 
 

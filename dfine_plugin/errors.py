@@ -23,3 +23,8 @@ class InvalidTargetError(DFinePluginError, ValueError):
 
 class NonFiniteError(DFinePluginError, FloatingPointError):
     """A tensor that training cannot go on with: NaN or infinity in logits, boxes or a loss."""
+
+
+def first_line(error: Exception) -> str:
+    """What an error says first, its type if nothing."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__

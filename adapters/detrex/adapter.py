@@ -13,8 +13,8 @@ from dfine_plugin.record import current_scope
 from dfine_plugin.validation import check_targets
 from dfine_plugin.wrapping import binding_of
 
-from .. import common, recomputed_boxes
-from ..common import Host, Retired
+from .. import host_parts, recomputed_boxes
+from ..host_parts import Host, Retired
 from .criterion import DeployedCriterion, GOLSDCriterion, extended_weights
 from .decoder import InitialBoxHead, RefiningBoxHead, RefiningDecoder
 from .detector import DetrexDetector
@@ -74,8 +74,8 @@ class DetrexAdapter:
 
     def attach_heads(self, model: Host, num_layers: int, retired: Retired) -> None:
         """Let decoder and model have heads that refine and that look up what was refined."""
-        first = common.sharing_copy(model.bbox_embed[0])
-        common.recast(first, InitialBoxHead)
+        first = host_parts.sharing_copy(model.bbox_embed[0])
+        host_parts.recast(first, InitialBoxHead)
         heads = [first, *(RefiningBoxHead() for _ in range(1, num_layers))]
         recomputed_boxes.replace_heads(model, DECODER, num_layers, heads, retired)
 
@@ -87,7 +87,7 @@ class DetrexAdapter:
 
     def keep_layers(self, model: Host, num_layers: int) -> None:
         """See :class:`~dfine_plugin.registry.Adapter`."""
-        common.keep_first_layers(model, DECODER, num_layers)
+        host_parts.keep_first_layers(model, DECODER, num_layers)
         model.transformer.decoder.num_layers = num_layers
 
     def deploy(self, model: Host) -> None:
@@ -106,7 +106,7 @@ class DetrexAdapter:
         """See :class:`~dfine_plugin.registry.Adapter`."""
         if not model.training:
             return
-        common.warn_of_frozen_head(model, f"{DECODER}.fdr")
+        host_parts.warn_of_frozen_head(model, f"{DECODER}.fdr")
         (batched_inputs,) = (*args, *kwargs.values())
         targets = [_relative_targets(inputs["instances"]) for inputs in batched_inputs]
         check_targets(targets, model.num_classes, labels_key="gt_classes", boxes_key="gt_boxes")
@@ -121,7 +121,7 @@ class DetrexAdapter:
         """See :class:`~dfine_plugin.registry.Adapter`."""
         norm = getattr(model.transformer.decoder, self.reported_norm or "", None) or nn.Identity()
         states = hidden_states, norm(hidden_states)
-        next_reference, reported = (common.host_box(model, layer, state, reference) for state in states)
+        next_reference, reported = (host_parts.host_box(model, layer, state, reference) for state in states)
         return next_reference, reported
 
     def detector(self, model: Host) -> nn.Module:
@@ -143,5 +143,5 @@ def _prepare_loading(model: Host, state_dict: dict[str, Any], prefix: str, *_: A
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     ties = [(f"{DECODER}.{name}", name) for name in names if name.startswith("bbox_embed")]
     ties = [tie for tie in ties if tie[0] in names]
-    common.complete_ties(state_dict, prefix, ties)
-    common.seed_from_baseline(state_dict, prefix, model, binding.retired, f"{DECODER}.fdr")
+    host_parts.complete_ties(state_dict, prefix, ties)
+    host_parts.seed_from_baseline(state_dict, prefix, model, binding.retired, f"{DECODER}.fdr")

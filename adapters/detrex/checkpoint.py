@@ -17,9 +17,10 @@ from omegaconf import DictConfig
 from PIL import Image
 from torch import Tensor
 
+from dfine_plugin.errors import first_line
 from dfine_plugin.image_sizes import RT_DETR_STRIDES, check_image_size
 
-from ..common import Host, first_line
+from ..host_parts import Host
 from .config import make, parts, read_config
 
 

@@ -17,7 +17,7 @@ from detectron2.config import instantiate
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from ..common import first_line
+from dfine_plugin.errors import first_line
 
 TRUSTED = (
     r"detectron2\.(layers|modeling|data\.transforms)",

@@ -12,7 +12,7 @@ from dfine_plugin.config import FDRConfig
 from dfine_plugin.errors import WrapStateError
 from dfine_plugin.record import FDRRecord, closes_on_interrupt, current_record
 
-from .. import common
+from .. import host_parts, union_criterion
 
 
 def prediction_set(outputs: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -26,7 +26,7 @@ def initial_set(record: FDRRecord) -> dict[str, Tensor]:
     return {"pred_logits": record.initial_logits, "pred_boxes": record.initial_boxes}
 
 
-class GOLSDCriterion(common.UnionCriterion):
+class GOLSDCriterion(union_criterion.UnionCriterion):
     """Mixin before a detrex criterion: the same losses, box losses over the union, and the plugin's terms with them.
 
     The initial boxes are one more auxiliary set of the host's, of the denoising queries as well. All terms are
@@ -67,7 +67,7 @@ class GOLSDCriterion(common.UnionCriterion):
     @closes_on_interrupt
     def forward(self, outputs, targets, *args):
         # what a call remembers goes with its copy: nothing is kept on the module
-        return common.sharing_copy(self).losses_of(outputs, targets, *args)
+        return host_parts.sharing_copy(self).losses_of(outputs, targets, *args)
 
     def losses_of(self, outputs: dict[str, Any], targets: list[dict[str, Tensor]], *args: Any) -> dict[str, Tensor]:
         """The loss dict, on an instance for this call alone."""
@@ -78,8 +78,8 @@ class GOLSDCriterion(common.UnionCriterion):
         layers = [*auxiliary, prediction_set(outputs)]
         initial = initial_set(record)
         united = [(layers[-1], targets), *((layer, targets) for layer in auxiliary), (initial, targets)]
-        apart: list[common.WithTargets] = []
-        named = {**common.layer_names(layers, record), "the initial boxes": initial}
+        apart: list[union_criterion.WithTargets] = []
+        named = {**union_criterion.layer_names(layers, record), "the initial boxes": initial}
         if "enc_outputs" in outputs:
             named["the encoder"] = encoder = prediction_set(outputs["enc_outputs"])
             (united if self.encoder_is_decoded else apart).append((encoder, self.encoder_targets(targets)))
@@ -87,9 +87,9 @@ class GOLSDCriterion(common.UnionCriterion):
             own = current_record().queries(slice(0, queries.start))
             known_layers = [*known.get("aux_outputs", []), prediction_set(known)]
             known_initial = initial_set(own)
-            named |= common.layer_names(known_layers, record, of="the denoising queries in ")
+            named |= union_criterion.layer_names(known_layers, record, of="the denoising queries in ")
             named["the denoising queries' initial boxes"] = known_initial
-        self.match(united, self.fdr_config, common.check_of_losses_inputs(current_record(), named), apart)
+        self.match(united, self.fdr_config, union_criterion.check_of_losses_inputs(current_record(), named), apart)
 
         outputs = {**outputs, "aux_outputs": [*auxiliary, initial]}
         if known is not None:
@@ -97,11 +97,11 @@ class GOLSDCriterion(common.UnionCriterion):
             outputs, args = self.with_denoising(outputs, args, known)
         losses = super().forward(outputs, targets, *args)
         count = len(auxiliary)
-        losses = common.rename_suffixes(losses, {f"_dn_{count}": "_dn_pre", f"_{count}": "_pre"})
+        losses = union_criterion.rename_suffixes(losses, {f"_dn_{count}": "_dn_pre", f"_{count}": "_pre"})
 
         names = [*(f"_{i}" for i in range(count)), ""]
         terms = self.distribution_losses(record.last(len(layers)), layers, self.fdr_config)
-        losses.update(common.named_terms(terms, names))
+        losses.update(union_criterion.named_terms(terms, names))
         if self.denoises:
             names = [*(f"_dn_{i}" for i in range(count)), "_dn"]
             if known is None:
@@ -111,9 +111,9 @@ class GOLSDCriterion(common.UnionCriterion):
             else:
                 own = own.last(len(layers))
                 terms = self.distribution_losses(own, known_layers, self.fdr_config, over_processes=False)
-            losses.update(common.named_terms(terms, names))
-        common.check_losses(losses)
-        common.take_in_idle(losses)
+            losses.update(union_criterion.named_terms(terms, names))
+        union_criterion.check_losses(losses)
+        union_criterion.take_in_idle(losses)
         return losses
 
     def encoder_targets(self, targets: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dfine_plugin.record import FDRRecord, current_record, current_scope
 from dfine_plugin.registry import register_adapter
 
-from .. import common, recomputed_boxes
+from .. import host_parts, recomputed_boxes
 from ..recomputed_boxes import logit
 from .adapter import DECODER, DetrexAdapter
 from .criterion import GOLSDCriterion
@@ -71,19 +71,19 @@ class SharedBoxHeadAdapter(DetrexAdapter):
     def first_box_head(self, model: Any) -> nn.Module:
         return model.bbox_embed
 
-    def attach_heads(self, model: Any, num_layers: int, retired: common.Retired) -> None:
+    def attach_heads(self, model: Any, num_layers: int, retired: host_parts.Retired) -> None:
         retired.box_heads = [model.bbox_embed] * (num_layers - 1)
         for name, twin in (
             (f"{DECODER}.bbox_embed", SharedRefiningBoxHead),
             ("bbox_embed", StackedBoxHead),
             ("class_embed", StackedClassifier),
         ):
-            head = common.sharing_copy(model.get_submodule(name))
-            common.recast(head, twin)
+            head = host_parts.sharing_copy(model.get_submodule(name))
+            host_parts.recast(head, twin)
             retired.replace(model, name, head)
 
     def deploy_heads(self, model: Any) -> None:
-        common.recast(model.class_embed, recomputed_boxes.DeployedClassifier)
+        host_parts.recast(model.class_embed, recomputed_boxes.DeployedClassifier)
         model.bbox_embed = recomputed_boxes.DeployedBoxHead(model.class_embed.in_features)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..common import Host, sharing_copy
+from ..host_parts import Host, sharing_copy
 
 
 class DetrexDetector(nn.Module):

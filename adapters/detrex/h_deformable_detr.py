@@ -9,7 +9,7 @@ from dfine_plugin.config import FDRConfig
 from dfine_plugin.matching import Pairs
 from dfine_plugin.registry import register_adapter
 
-from ..common import Host, Retired
+from ..host_parts import Host, Retired
 from .adapter import DetrexAdapter
 from .criterion import GOLSDCriterion
 from .decoder import RefiningDecoder

@@ -12,9 +12,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForObjectDetection
 from transformers.utils import IMAGE_PROCESSOR_NAME, logging
 
+from dfine_plugin.errors import first_line
 from dfine_plugin.image_sizes import check_image_size
 
-from ..common import Host, first_line
+from ..host_parts import Host
 from .saving import SETTINGS, load_pretrained
 
 IMAGE_SIZE = 640

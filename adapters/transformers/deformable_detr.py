@@ -18,8 +18,8 @@ from dfine_plugin.head import FDRHead, locate_initial_boxes
 from dfine_plugin.record import FDRRecord, closes_on_interrupt, current_record, leave_record
 from dfine_plugin.registry import register_adapter
 
-from .. import common, recomputed_boxes
-from . import common as hf
+from .. import host_parts, recomputed_boxes, union_criterion
+from . import adapter as hf
 
 
 class FDRDeformableDetrDecoder(host.DeformableDetrDecoder):
@@ -91,7 +91,7 @@ class FDRDeformableDetrDecoder(host.DeformableDetrDecoder):
         )
 
 
-class UnionDeformableDetrLoss(common.UnionCriterion, DeformableDetrImageLoss):
+class UnionDeformableDetrLoss(union_criterion.UnionCriterion, DeformableDetrImageLoss):
     """The host's criterion, fed with the union."""
 
     def matching_cost(self) -> MatchingCost | None:
@@ -128,8 +128,8 @@ class DeformableDetrGOLSDLoss:
         layers = [hf.prediction_set(*layer) for layer in zip(outputs_class, outputs_coord, strict=True)]
         assert record.initial_logits is not None
         initial = hf.prediction_set(record.initial_logits, record.initial_boxes)
-        named = {**common.layer_names(layers, record), "the initial boxes": initial}
-        check = common.check_of_losses_inputs(record, named)
+        named = {**union_criterion.layer_names(layers, record), "the initial boxes": initial}
+        check = union_criterion.check_of_losses_inputs(record, named)
         auxiliary = layers[:-1] if config.auxiliary_loss else []
 
         matcher = DeformableDetrHungarianMatcher(
@@ -143,13 +143,13 @@ class DeformableDetrGOLSDLoss:
         )
         criterion.match([(outputs, labels) for outputs in (layers[-1], *auxiliary, initial)], self.config, check)
         losses = criterion({**layers[-1], "auxiliary_outputs": [*auxiliary, initial]}, labels)
-        losses = common.rename_suffixes(losses, {f"_{len(auxiliary)}": "_pre"})
+        losses = union_criterion.rename_suffixes(losses, {f"_{len(auxiliary)}": "_pre"})
 
         supervised = layers if config.auxiliary_loss else layers[-1:]
         terms = criterion.distribution_losses(record.last(len(supervised)), supervised, self.config)
         suffixes = [*(f"_{i}" for i in range(len(auxiliary))), ""]
-        losses.update(common.named_terms(terms, suffixes))
-        common.check_losses(losses)
+        losses.update(union_criterion.named_terms(terms, suffixes))
+        union_criterion.check_losses(losses)
         weights = {
             "loss_ce": 1.0,
             "loss_bbox": config.bbox_loss_coefficient,
@@ -174,7 +174,7 @@ class DeformableDetrAdapter(hf.TransformersAdapter):
         host.DeformableDetrDecoder: FDRDeformableDetrDecoder
     }
 
-    def check(self, model: common.Host, config: FDRConfig) -> None:
+    def check(self, model: host_parts.Host, config: FDRConfig) -> None:
         super().check(model, config)
         if model.model.decoder.bbox_embed is None and not config.box_refinement:
             raise UnsupportedModelError(
@@ -191,14 +191,14 @@ class DeformableDetrAdapter(hf.TransformersAdapter):
     def make_loss(self, config: FDRConfig) -> DeformableDetrGOLSDLoss:
         return DeformableDetrGOLSDLoss(config)
 
-    def attach_heads(self, model: common.Host, config: FDRConfig, retired: hf.Retired) -> None:
+    def attach_heads(self, model: host_parts.Host, config: FDRConfig, retired: hf.Retired) -> None:
         decoder = model.model.decoder
         num_layers = len(decoder.layers)
-        first = common.sharing_copy((decoder.bbox_embed or model.bbox_embed)[0])
+        first = host_parts.sharing_copy((decoder.bbox_embed or model.bbox_embed)[0])
         heads = [first, *(nn.Identity() for _ in range(1, num_layers))]
         recomputed_boxes.replace_heads(model, "model.decoder", num_layers, heads, retired)
 
-    def deploy(self, model: common.Host) -> None:
+    def deploy(self, model: host_parts.Host) -> None:
         super().deploy(model)
         decoder = model.model.decoder
         decoder.deployed = True

@@ -22,8 +22,8 @@ from dfine_plugin.head import FDRHead, locate_initial_boxes
 from dfine_plugin.record import FDRRecord, closes_on_interrupt, current_record, current_scope, leave_record
 from dfine_plugin.registry import register_adapter
 
-from .. import common
-from . import common as hf
+from .. import host_parts, union_criterion
+from . import adapter as hf
 
 
 class RefiningLoop:
@@ -105,7 +105,7 @@ class FDRRTDetrV2Decoder(RefiningLoop, modeling_rt_detr_v2.RTDetrV2Decoder):
         return modeling_rt_detr_v2.RTDetrV2DecoderOutput(**outputs)
 
 
-class UnionRTDetrLoss(common.UnionCriterion, RTDetrLoss):
+class UnionRTDetrLoss(union_criterion.UnionCriterion, RTDetrLoss):
     """The host's criterion, fed with the union."""
 
     def matching_cost(self) -> MatchingCost | None:
@@ -168,19 +168,19 @@ class RTDetrGOLSDLoss:
         encoder = hf.prediction_set(enc_topk_logits, enc_topk_bboxes)
         initial = hf.prediction_set(matched.initial_logits, matched.initial_boxes)
         auxiliary = [*layers[:-1], encoder] if config.auxiliary_loss else []
-        named = {**common.layer_names(layers, record), "the encoder": encoder, "the initial boxes": initial}
+        named = {**union_criterion.layer_names(layers, record), "the encoder": encoder, "the initial boxes": initial}
         noisy: list[dict[str, Tensor]] = []  # the denoising queries' sets, the initial boxes last
         if denoising_meta_values is not None and config.auxiliary_loss:
             own = record.queries(denoising)
             assert own.initial_logits is not None
             noisy = _prediction_sets(outputs_class[:, :, denoising], outputs_coord[:, :, denoising])
-            named |= common.layer_names(noisy, record, of="the denoising queries in ")
+            named |= union_criterion.layer_names(noisy, record, of="the denoising queries in ")
             noisy.append(hf.prediction_set(own.initial_logits, own.initial_boxes))
             named["the denoising queries' initial boxes"] = noisy[-1]
 
         # not moved to the device, which would wait: its one buffer serves a loss that RT-DETR has no use for
         criterion = UnionRTDetrLoss(config)
-        check = common.check_of_losses_inputs(record, named)
+        check = union_criterion.check_of_losses_inputs(record, named)
         criterion.match([(outputs, labels) for outputs in (layers[-1], *auxiliary, initial)], self.config, check)
         outputs = {**layers[-1], "auxiliary_outputs": [*auxiliary, initial]}
         rename = {f"_aux_{len(auxiliary)}": "_pre"}
@@ -188,7 +188,7 @@ class RTDetrGOLSDLoss:
             outputs["dn_auxiliary_outputs"] = noisy
             outputs["denoising_meta_values"] = denoising_meta_values
             rename[f"_dn_{num_layers}"] = "_dn_pre"
-        losses = common.rename_suffixes(criterion(outputs, labels), rename)
+        losses = union_criterion.rename_suffixes(criterion(outputs, labels), rename)
 
         supervised = layers if config.auxiliary_loss else layers[-1:]
         terms = criterion.distribution_losses(matched.last(len(supervised)), supervised, self.config)
@@ -201,14 +201,14 @@ class RTDetrGOLSDLoss:
             flat = flatten_pairs(known, [target["boxes"] for target in labels], outputs_class.device)
             terms = distribution_losses(own, noisy[-2]["logits"], [flat] * num_layers, num_known, self.config)
             losses.update(self._weighted(terms, [f"_dn_{i}" for i in range(num_layers)]))
-        common.check_losses(losses)
-        common.take_in_idle(losses)
+        union_criterion.check_losses(losses)
+        union_criterion.take_in_idle(losses)
         return torch.stack([*losses.values()]).sum(), losses, auxiliary or None
 
-    def _weighted(self, terms: common.Terms, suffixes: list[str]) -> dict[str, Tensor]:
+    def _weighted(self, terms: union_criterion.Terms, suffixes: list[str]) -> dict[str, Tensor]:
         fgl, ddf = terms
         weighted = [self.config.fgl_weight * term for term in fgl], [self.config.ddf_weight * term for term in ddf]
-        return common.named_terms(weighted, suffixes)
+        return union_criterion.named_terms(weighted, suffixes)
 
 
 def _prediction_sets(logits: Tensor, boxes: Tensor) -> list[dict[str, Tensor]]:
@@ -231,7 +231,7 @@ class RTDetrAdapter(hf.TransformersAdapter):
     def make_loss(self, config: FDRConfig) -> RTDetrGOLSDLoss:
         return RTDetrGOLSDLoss(config)
 
-    def attach_heads(self, model: common.Host, config: FDRConfig, retired: hf.Retired) -> None:
+    def attach_heads(self, model: host_parts.Host, config: FDRConfig, retired: hf.Retired) -> None:
         later = range(1, len(model.model.decoder.layers))
         retired.box_heads = [model.model.decoder.bbox_embed[i] for i in later]
         lists = ["model.decoder.bbox_embed"]
@@ -239,13 +239,13 @@ class RTDetrAdapter(hf.TransformersAdapter):
             lists.append("bbox_embed")
         hf.retire(model, [f"{name}.{i}" for name in lists for i in later], retired)
 
-    def begin(self, model: common.Host, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def begin(self, model: host_parts.Host, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         labels = super().begin(model, args, kwargs)
         embedding = getattr(model.model, "denoising_class_embed", None)
         if model.training and embedding is not None and labels and not any(len(t["boxes"]) for t in labels):
             current_scope().idle.append(embedding.weight)  # without a truth the host makes no denoising queries
 
-    def deploy(self, model: common.Host) -> None:
+    def deploy(self, model: host_parts.Host) -> None:
         super().deploy(model)
         lists = [model.model.decoder.class_embed]
         if hasattr(model, "class_embed"):  # RT-DETRv2 declares every head a second time

@@ -26,7 +26,7 @@ from dfine_plugin import __version__
 from dfine_plugin.config import FDRConfig
 from dfine_plugin.wrapping import binding_of, deploy, wrap_decoder
 
-from ..common import Host
+from ..host_parts import Host
 
 SETTINGS = "dfine_plugin"
 """The attribute of a wrapped model's transformers config that carries the FDRConfig into config.json and back."""

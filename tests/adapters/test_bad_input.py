@@ -23,7 +23,7 @@ from dfine_plugin import (
     validation,
     wrap_decoder,
 )
-from dfine_plugin.adapters import common
+from dfine_plugin.adapters import union_criterion
 from dfine_plugin.record import current_scope
 
 from .hosts import Host, build, images, labels
@@ -174,7 +174,7 @@ def test_nothing_is_left_after_an_interrupt(host: Host, part: str, monkeypatch: 
 
     with monkeypatch.context() as patch:
         if part == "loss":
-            patch.setattr(common.UnionCriterion, "match", interrupt)
+            patch.setattr(union_criterion.UnionCriterion, "match", interrupt)
         else:
             interrupted = {
                 "encoder": model.get_submodule(host.decoder.replace("decoder", "encoder")),

@@ -13,6 +13,12 @@ from .hosts import images
 from .transformers_hosts import _BACKBONE, _RT_DETR
 
 
+def test_it_is_found_where_it_was() -> None:
+    from dfine_plugin.adapters import transformers_d_fine
+
+    assert transformers_d_fine.fdr_head_of is fdr_head_of
+
+
 def d_fine(**settings: object) -> DFineForObjectDetection:
     sizes = {key: value for key, value in _RT_DETR.items() if key != "freeze_backbone_batch_norms"}
     backbone = {"model_type": "rt_detr_resnet", **_BACKBONE}

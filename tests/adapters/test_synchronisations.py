@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from dfine_plugin import NonFiniteError
-from dfine_plugin.adapters.common import check_losses
+from dfine_plugin.adapters.union_criterion import check_losses
 
 from .accelerator import Accelerator, Wait, waiting_here
 from .hosts import Host, build, images, labels, wrapped

@@ -1,6 +1,7 @@
 """The command from end to end, at the smallest size, and what its settings mean."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ from transformers import AutoImageProcessor
 from typer import Typer
 from typer.testing import CliRunner
 
-from dfine_plugin import FDRConfig, load_pretrained
+from dfine_plugin import FDRConfig, adapters, load_pretrained
 from dfine_plugin.benchmarks import ablation
 from dfine_plugin.benchmarks.ablation import main
 from dfine_plugin.benchmarks.detection_data import normalise
@@ -27,7 +28,7 @@ from dfine_plugin.benchmarks.detrex_hosts import without_cuda_calls
 from dfine_plugin.benchmarks.ema import make_ema
 from dfine_plugin.benchmarks.evaluation import coco_metrics, detect
 from dfine_plugin.benchmarks.hosts import HOSTS, build_host
-from dfine_plugin.benchmarks.runs import RunSettings, find_model, load_run, save_model, save_run
+from dfine_plugin.benchmarks.runs import RunSettings, code_digest, find_model, load_run, save_model, save_run
 from dfine_plugin.benchmarks.shapes import make_shapes
 from dfine_plugin.benchmarks.training import build_model, load_data
 from dfine_plugin.benchmarks.variants import fdr_settings, parse_variants
@@ -150,6 +151,17 @@ def test_only_the_very_same_settings_are_the_same_run(tmp_path: Path) -> None:
     assert load_run(tmp_path, SETTINGS) == {"final": 1}
     for change in ({"seed": 1}, {"learning_rate": 2e-3}, {"variant": "fdr"}, {"data": "elsewhere"}):
         assert load_run(tmp_path, replace(SETTINGS, **change)) is None
+
+
+def test_every_adapters_source_is_in_the_digest(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    copied = shutil.copytree(adapters.__path__[0], tmp_path / "adapters")
+    monkeypatch.setattr(adapters, "__path__", [str(copied)])
+    digests = {code_digest()}
+    sources = sorted(copied.rglob("*.py"))
+    for path in sources:
+        path.write_text(path.read_text() + "\n")
+        digests.add(code_digest())
+    assert len(digests) == len(sources) + 1
 
 
 def test_names_on_disk_have_no_equals_sign_and_those_that_had_one_are_still_found(tmp_path: Path) -> None:

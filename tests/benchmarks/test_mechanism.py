@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dfine_plugin import FDRConfig, wrap_decoder
-from dfine_plugin.adapters import common
+from dfine_plugin.adapters import union_criterion
 from dfine_plugin.benchmarks.detection_data import TrainingView, collate
 from dfine_plugin.benchmarks.diagnosis import INITIAL, predict_layers
 from dfine_plugin.benchmarks.hosts import build_host
@@ -24,14 +24,14 @@ STEPS = 500
 def union_sizes(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Of each criterion call, how many pairs the union has for each of one set's."""
     sizes: list[float] = []
-    unite = common.union_matching
+    unite = union_criterion.union_matching
 
     def counted(sets: Any) -> Any:
         union = unite(sets)
         sizes.append(sum(len(q) for q, _ in union) / sum(len(q) for q, _ in sets[0]))
         return union
 
-    monkeypatch.setattr(common, "union_matching", counted)
+    monkeypatch.setattr(union_criterion, "union_matching", counted)
     return sizes
 
 

@@ -193,6 +193,6 @@ def test_every_page_is_in_the_sites_navigation() -> None:
 def test_new_hosts_page_counts_the_smallest_adapter() -> None:
     """The length that the page gives is the file's."""
     page = (ROOT / "docs/new-host.md").read_text()
-    (name, lines), *_ = re.findall(r"`(adapters/\w+\.py)` is (\d+) lines", page)
+    (name, lines), *_ = re.findall(r"`(adapters/\w+/\w+\.py)` is (\d+) lines", page)
     assert len((ROOT / name).read_text().splitlines()) == int(lines)
     assert FDRHead.__name__ in page

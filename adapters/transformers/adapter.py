@@ -14,13 +14,13 @@ from dfine_plugin.head import FDRHead
 from dfine_plugin.validation import check_targets
 from dfine_plugin.wrapping import binding_of
 
-from .. import common
-from ..common import Host
+from .. import host_parts
+from ..host_parts import Host
 from . import saving
 
 
 @dataclass
-class Retired(common.Retired):
+class Retired(host_parts.Retired):
     """With the host's declarations of tied parameters, as declared and as expanded."""
 
     ties: tuple[dict[str, str] | None, dict[str, str]] = (None, {})
@@ -89,7 +89,7 @@ class TransformersAdapter:
 
     def keep_layers(self, model: Host, num_layers: int) -> None:
         """See :class:`~dfine_plugin.registry.Adapter`."""
-        common.keep_first_layers(model, self.decoder, num_layers)
+        host_parts.keep_first_layers(model, self.decoder, num_layers)
         retie(model)
 
     def deploy(self, model: Host) -> None:
@@ -104,14 +104,14 @@ class TransformersAdapter:
         labels, pixels = given.get("labels"), given.get("pixel_values")
         if labels is not None:
             if model.training:
-                common.warn_of_frozen_head(model, "model.decoder.fdr")
+                host_parts.warn_of_frozen_head(model, "model.decoder.fdr")
             count = None if pixels is None else len(pixels)
             check_targets(labels, model.config.num_labels, "class_labels", "boxes", num_images=count)
         return labels
 
     def host_boxes(self, model: Host, layer: int, hidden_states: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
         """See :class:`~dfine_plugin.registry.Adapter`."""
-        box = common.host_box(model, layer, hidden_states, reference)
+        box = host_parts.host_box(model, layer, hidden_states, reference)
         return box, box
 
     def detector(self, model: Host) -> nn.Module:
@@ -177,5 +177,5 @@ def _prepare_loading(model: Host, state_dict: dict[str, Any], prefix: str, *_: A
     binding = binding_of(model)
     assert binding is not None
     saving.rename_saved(model, state_dict, prefix)
-    common.complete_ties(state_dict, prefix, model.all_tied_weights_keys.items())
-    common.seed_from_baseline(state_dict, prefix, model, binding.retired, "model.decoder.fdr")
+    host_parts.complete_ties(state_dict, prefix, model.all_tied_weights_keys.items())
+    host_parts.seed_from_baseline(state_dict, prefix, model, binding.retired, "model.decoder.fdr")
