@@ -110,7 +110,7 @@ class UnionCriterion(nn.Module):
             matches = [self.matcher(outputs, targets) for outputs, targets in sets]
         else:
             everything = [*sets, *apart]
-            matches = match_sets([self._to_match(*pair) for pair in everything], cost, check)
+            matches = self.solve([self._to_match(*pair) for pair in everything], cost, check)
             # hosts index with them: what lay on the CPU would be copied, and waited for, at every use
             for (outputs, _), pairs in zip(everything, copy_pairs(matches, device), strict=True):
                 self.matcher.remember(outputs["pred_boxes"], pairs)
@@ -126,6 +126,10 @@ class UnionCriterion(nn.Module):
             count = mean_over_processes(len(flat.queries), device)
             for tensor, terms in zip(boxes, box_losses(boxes, flat, count), strict=True):
                 self.terms[id(tensor)], self.taken[id(tensor)] = terms, (flat, count)
+
+    def solve(self, sets: Sequence[SetToMatch], cost: MatchingCost, check: FiniteCheck) -> list[Pairs]:
+        """Match the sets, for each image all queries at once."""
+        return match_sets(sets, cost, check)
 
     def _to_match(self, outputs: dict[str, Tensor], targets: list[dict[str, Tensor]]) -> SetToMatch:
         labels, truths = ([target[key] for target in targets] for key in (self.labels_key, "boxes"))

@@ -55,19 +55,21 @@ class SlowFDR:
         self.z: Tensor | float = 0.0
         self.previous: Tensor | float = 0.0
 
+    def locate(self, moved: Tensor, reference: Tensor, eps: float) -> Tensor:
+        """The initial boxes, from what the first box head answers."""
+        shift = isig(reference, eps)
+        if reference.shape[-1] == 2:
+            return torch.cat([moved[..., :2] + shift, moved[..., 2:]], -1).sigmoid()
+        return (moved + shift).sigmoid()
+
     def layer(
         self, hidden: Tensor, delta: Callable[[Tensor], Tensor], reference: Tensor, eps: float, logits: Tensor
     ) -> Tensor:
         """Refine by the next layer: from what its box head is fed, ``(B, Q, C)``, and its class logits; its box."""
         index = len(self.out.boxes)
         if index == 0:
-            shift = isig(reference, eps)
-            if reference.shape[-1] == 2:
-                moved = delta(hidden)
-                initial = torch.cat([moved[..., :2] + shift, moved[..., 2:]], -1).sigmoid()
-            else:
-                initial = (delta(hidden) + shift).sigmoid()
-            self.out.initial_boxes, self.out.initial_logits = initial, logits
+            self.out.initial_boxes = self.locate(delta(hidden), reference, eps)
+            self.out.initial_logits = logits
         cx, cy, w, h = self.out.initial_boxes.detach().unbind(-1)
         residual = self.fdr.refine[index](hidden + self.previous)
         self.z = self.z + self.config.residual_scale * residual.reshape(*hidden.shape[:2], 4, len(self.w_of_n))
@@ -88,6 +90,15 @@ class SlowFDR:
         self.out.logits.append(logits)
         self.out.corner_logits.append(self.z)
         return box
+
+
+class SlowScaledFDR(SlowFDR):
+    """For hosts whose box heads move centres by sides of the reference, and scale its sides by exponentials."""
+
+    def locate(self, moved: Tensor, reference: Tensor, eps: float) -> Tensor:
+        x, y, w, h = reference.unbind(-1)
+        dx, dy, dw, dh = moved.unbind(-1)
+        return torch.stack([x + dx * w, y + dy * h, w * dw.exp(), h * dh.exp()], -1)
 
 
 def xyxy(boxes: Tensor) -> Tensor:
@@ -216,6 +227,17 @@ def vfl(logits: Tensor, boxes: Tensor, targets: list[dict[str, Tensor]], pairs: 
         positive[image, q, targets[image]["class_labels"][t]] = 1
     weight = 0.75 * logits.detach().sigmoid() ** 2 * (1 - positive) + score
     return (weight * -(score * F.logsigmoid(logits) + (1 - score) * F.logsigmoid(-logits))).sum() / norm
+
+
+def iou_aware(logits: Tensor, boxes: Tensor, targets: list[dict[str, Tensor]], pairs: Pairs, norm: float) -> Tensor:
+    """LW-DETR's cross entropy with targets ``max(p^0.25 IoU^0.75, 0.01)``; the rest is background, weighted by p^2."""
+    p = logits.sigmoid()
+    loss = -(p**2 * (1 - p).log()).sum()
+    for image, q, t in each(pairs):
+        found = p[image, q, targets[image]["class_labels"][t]]
+        target = (found**0.25 * iou(boxes[image, q], targets[image]["boxes"][t]) ** 0.75).detach().clamp(min=0.01)
+        loss = loss + found**2 * (1 - found).log() - target * found.log() - (1 - target) * (1 - found).log()
+    return loss / norm
 
 
 def focal(logits: Tensor, targets: list[dict[str, Tensor]], pairs: Pairs, norm: float) -> Tensor:

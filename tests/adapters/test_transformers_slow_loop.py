@@ -23,6 +23,8 @@ def host(transformers_host: Host) -> Host:
 def refine(model: PreTrainedModel, inputs: dict[str, Any]) -> slow.Predictions:
     """The decoder's loop by the design, section 1, from the inputs that the host's model gave its decoder."""
     decoder = model.model.decoder
+    if hasattr(decoder, "ref_point_head"):
+        return refine_afterwards(model, inputs)
     is_deformable = "valid_ratios" in inputs
     inputs = dict(inputs)
     hidden = inputs.pop("inputs_embeds")
@@ -49,6 +51,34 @@ def refine(model: PreTrainedModel, inputs: dict[str, Any]) -> slow.Predictions:
         logits = F.linear(hidden, class_heads[index].weight, class_heads[index].bias)
         reference = fdr.layer(hidden, decoder.bbox_embed[0], reference, 1e-5, logits).detach()
     return fdr.out
+
+
+def refine_afterwards(model: PreTrainedModel, inputs: dict[str, Any]) -> slow.Predictions:
+    """The same where all layers attend from one reference and share their heads."""
+    decoder = model.model.decoder
+    inputs = dict(inputs)
+    hidden, reference, ratios = (inputs.pop(key) for key in ("inputs_embeds", "reference_points", "valid_ratios"))
+    points, position = decoder.get_reference(reference, ratios)
+    fdr = slow.SlowScaledFDR(decoder.fdr)
+    for layer in decoder.layers:
+        hidden = layer(hidden, position_embeddings=position, reference_points=points, **inputs)
+        normed = decoder.layernorm(hidden)
+        logits = F.linear(normed, model.class_embed.weight, model.class_embed.bias)
+        fdr.layer(normed, decoder.bbox_embed, reference, 0.0, logits)
+    return fdr.out
+
+
+def match_groups(
+    logits: Tensor, boxes: Tensor, targets: list[dict[str, Tensor]], costs: dict[str, float], groups: int
+) -> slow.Pairs:
+    """Each of so many groups of queries by itself."""
+    size = logits.shape[1] // groups
+    found: slow.Pairs = [[] for _ in targets]
+    for start in range(0, size * groups, size):
+        own = slice(start, start + size)
+        for pairs, more in zip(found, slow.match(logits[:, own], boxes[:, own], targets, costs), strict=True):
+            pairs += [(query + start, truth) for query, truth in more]
+    return found
 
 
 def run(model: PreTrainedModel, targets: list[dict[str, Tensor]]) -> tuple[Any, slow.Predictions]:
@@ -100,6 +130,8 @@ def slow_losses(
     l1_weight = own.weight_loss_bbox if rt_detr else own.bbox_loss_coefficient
     giou_weight = own.weight_loss_giou if rt_detr else own.giou_loss_coefficient
     class_weight, class_name = (own.weight_loss_vfl, "loss_vfl") if rt_detr else (1.0, "loss_ce")
+    grouped = hasattr(own, "group_detr")
+    groups = own.group_detr if grouped else 1
     aux = "_aux_" if rt_detr else "_"
 
     meta = outputs.denoising_meta_values if rt_detr else None
@@ -111,15 +143,22 @@ def slow_losses(
     sets["_pre"] = (normal.initial_logits, normal.initial_boxes)
     if rt_detr:
         sets[f"{aux}{num_layers - 1}"] = (outputs.enc_topk_logits, outputs.enc_topk_bboxes)
-    matches = {s: slow.match(*sets[s], targets, costs) for s in sets}
-    truths = max(sum(len(t["boxes"]) for t in targets), 1)
+    if grouped:
+        sets["_enc"] = (outputs.enc_outputs_class, outputs.enc_outputs_coord_logits)
+    matches = {s: match_groups(*sets[s], targets, costs, groups) for s in sets}
+    truths = max(groups * sum(len(t["boxes"]) for t in targets), 1)
     united = slow.union(list(matches.values()))
     norm = max(sum(len(p) for p in united), 1) if config.union else truths
 
     losses: dict[str, Tensor] = {}
 
     def add_set(suffix: str, logits: Tensor, boxes: Tensor, own_pairs: Any, pairs: Any, n: float, n_box: float) -> None:
-        term = slow.vfl(logits, boxes, targets, own_pairs, n) if rt_detr else slow.focal(logits, targets, own_pairs, n)
+        if rt_detr:
+            term = slow.vfl(logits, boxes, targets, own_pairs, n)
+        elif grouped:
+            term = slow.iou_aware(logits, boxes, targets, own_pairs, n)
+        else:
+            term = slow.focal(logits, targets, own_pairs, n)
         losses[class_name + suffix] = class_weight * term
         terms = slow.box_terms(boxes, targets, pairs, n_box)
         losses["loss_bbox" + suffix] = l1_weight * terms["loss_bbox"]

@@ -4,16 +4,22 @@ from torch import Tensor, nn
 from transformers import (
     DeformableDetrConfig,
     DeformableDetrForObjectDetection,
+    LwDetrConfig,
+    LwDetrForObjectDetection,
+    LwDetrViTConfig,
     PreTrainedModel,
     ResNetConfig,
+    RfDetrConfig,
+    RfDetrForObjectDetection,
     RTDetrConfig,
     RTDetrForObjectDetection,
     RTDetrResNetConfig,
     RTDetrV2Config,
     RTDetrV2ForObjectDetection,
 )
+from transformers.models.rf_detr.configuration_rf_detr import RfDetrDinov2Config
 
-from .hosts import NUM_CLASSES, NUM_LAYERS, Host, labels
+from .hosts import IMAGE_SIZE, NUM_CLASSES, NUM_LAYERS, Host, labels
 
 _BACKBONE = {
     "embedding_size": 8,
@@ -72,6 +78,40 @@ def _deformable_detr(two_stage: bool, with_box_refine: bool) -> PreTrainedModel:
     return model
 
 
+_VIT = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": IMAGE_SIZE,
+    "patch_size": 16,
+    "num_windows": 4,
+    "out_indices": [1, 2],
+    "mlp_ratio": 2,
+}
+_GROUPS = {
+    "d_model": 32,
+    "decoder_ffn_dim": 32,
+    "decoder_layers": NUM_LAYERS,
+    "decoder_self_attention_heads": 2,
+    "decoder_cross_attention_heads": 2,
+    "num_queries": 12,
+    "group_detr": 3,
+    "num_labels": NUM_CLASSES,
+    "c2f_num_blocks": 1,
+    "dropout": 0.0,
+}
+
+
+def _lw_detr() -> PreTrainedModel:
+    backbone = LwDetrViTConfig(pretrain_image_size=IMAGE_SIZE, window_block_indices=[0], **_VIT)
+    config = LwDetrConfig(backbone_config=backbone, projector_scale_factors=[2.0, 1.0], **_GROUPS)
+    return LwDetrForObjectDetection(config)
+
+
+def _rf_detr() -> PreTrainedModel:
+    return RfDetrForObjectDetection(RfDetrConfig(backbone_config=RfDetrDinov2Config(**_VIT), **_GROUPS))
+
+
 class TransformersHost(Host):
     """A model that takes pixels and labels, and returns outputs with loss and loss_dict."""
 
@@ -107,4 +147,6 @@ HOSTS = [
         settings={"box_refinement": True},
         checkpointing=True,
     ),
+    TransformersHost("lw-detr", _lw_detr, weighted_loss_dict=False, checkpointing=True),
+    TransformersHost("rf-detr", _rf_detr, weighted_loss_dict=False, checkpointing=True),
 ]

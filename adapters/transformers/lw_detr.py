@@ -1,0 +1,266 @@
+"""LW-DETR and RF-DETR of Hugging Face transformers.
+
+Every decoder layer predicts from one fixed reference, by one box head that all share. So the decoder runs as it is; then
+the head's box for the first layer is the frame whose edges the distributions move, layer by layer. The model's heads,
+which are asked for the last layer and then for all, look the outcome up. In training, queries come in groups, and each
+group is matched by itself.
+"""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.loss.loss_lw_detr import LwDetrHungarianMatcher, LwDetrImageLoss
+from transformers.models.lw_detr import modeling_lw_detr
+from transformers.models.rf_detr import modeling_rf_detr
+
+from dfine_plugin.assignment import MatchingCost, SetToMatch, match_sets
+from dfine_plugin.boxes import at_least_float32
+from dfine_plugin.config import FDRConfig
+from dfine_plugin.errors import UnsupportedModelError
+from dfine_plugin.head import FDRHead
+from dfine_plugin.matching import Pairs
+from dfine_plugin.record import FDRRecord, closes_on_interrupt, current_record, current_scope, in_scope, leave_record
+from dfine_plugin.registry import register_adapter
+from dfine_plugin.validation import FiniteCheck
+
+from .. import host_parts, recomputed_boxes, union_criterion
+from . import adapter as hf
+
+LEAST_SIDE = 1e-6
+"""Of a reference that deltas are relative to: padded proposals have no area."""
+
+
+def deltas(boxes: Tensor, references: Tensor) -> Tensor:
+    """What the host's ``refine_bboxes`` makes boxes of, with these references; ``(B, Q, 4)`` cxcywh all of them."""
+    sides = references[..., 2:].clamp(min=LEAST_SIDE)
+    return torch.cat([(boxes[..., :2] - references[..., :2]) / sides, (boxes[..., 2:] / sides).log()], dim=-1)
+
+
+class FixedReferences(NamedTuple):
+    """What the model's heads need beside the record: ``(B, Q, C)`` states of the first layer, ``(B, Q, 4)`` references."""
+
+    first_hidden_states: Tensor
+    references: Tensor
+
+
+class RefiningAfterwards:
+    """Mixin before a host's decoder: refines distributions on the hidden states of all layers, when these have run."""
+
+    fdr: FDRHead
+    bbox_embed: Any
+    deployed = False
+
+    def forward(self, *args, **kwargs):
+        outputs = super().forward(*args, **kwargs)  # type: ignore[misc]
+        hidden = outputs.intermediate_hidden_states.unbind(0)
+        references = at_least_float32(outputs.intermediate_reference_points[-1])
+        moved = at_least_float32(self.bbox_embed(hidden[0]))
+        initial_boxes = modeling_lw_detr.refine_bboxes(references, moved)
+        state = self.fdr.start(initial_boxes)
+        record = FDRRecord(self.fdr.weights, initial_boxes)
+        if in_scope():
+            current_scope().progress = FixedReferences(hidden[0], references)
+        for index, hidden_states in enumerate(hidden):
+            state = self.fdr(index, hidden_states, state)
+            record.corner_logits.append(state.corner_logits)
+            record.boxes.append(state.boxes)
+            quality = self.fdr.quality_logits(index, state.probabilities)
+            if quality is not None:
+                record.quality_logits.append(quality)
+        leave_record(record)
+        if self.deployed:
+            delta = deltas(state.boxes, references)
+            outputs.last_hidden_state = recomputed_boxes.with_channels(hidden[-1], delta, record.quality_logits)
+        return outputs
+
+
+class FDRLwDetrDecoder(RefiningAfterwards, modeling_lw_detr.LwDetrDecoder):
+    """LW-DETR's decoder, refining distributions."""
+
+
+class FDRRfDetrDecoder(RefiningAfterwards, modeling_rf_detr.RfDetrDecoder):
+    """RF-DETR's decoder, refining distributions."""
+
+
+class RecordedBoxHead(nn.Module):
+    """In place of the model's box head: the refined boxes as the deltas that the model expects.
+
+    The host's own recast, for it holds the second name of the parameters that the decoder locates the initial boxes by.
+    """
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """``(B, Q, 4)`` for the last layer's states, ``(L, B, Q, 4)`` for those of all layers."""
+        boxes, references = current_record().boxes, current_scope().progress.references
+        if hidden_states.ndim == 3:
+            return deltas(boxes[-1], references)
+        return torch.stack([deltas(layer, references) for layer in boxes])
+
+
+class RecordedClassifier(nn.Linear):
+    """The model's class head, with the record's location quality added to its logits."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Logits of the last layer, or of all layers, as for :class:`RecordedBoxHead`."""
+        record = current_record()
+        logits = super().forward(hidden_states)
+        if record.initial_logits is None:
+            record.initial_logits = super().forward(current_scope().progress.first_hidden_states)
+        if not record.quality_logits:
+            return logits
+        quality = record.quality_logits[-1] if hidden_states.ndim == 3 else torch.stack(record.quality_logits)
+        return logits + quality.to(logits.dtype)
+
+
+class UnionLwDetrLoss(union_criterion.UnionCriterion, LwDetrImageLoss):
+    """The host's criterion, fed with the union."""
+
+    def matching_cost(self) -> MatchingCost | None:
+        matcher = self.matcher
+        if type(matcher) is not LwDetrHungarianMatcher:
+            return None
+        return MatchingCost(matcher.class_cost, matcher.bbox_cost, matcher.giou_cost)
+
+    def solve(self, sets: Sequence[SetToMatch], cost: MatchingCost, check: FiniteCheck) -> list[Pairs]:
+        """Match group by group, each a set of its own; the groups' pairs with the queries' places among all."""
+        places = torch.arange(sets[0].boxes.shape[1]).split(sets[0].boxes.shape[1] // self.group_detr)
+        groups = [slice(int(own[0]), int(own[-1]) + 1) for own in places[: self.group_detr]]
+        parts = [one._replace(logits=one.logits[:, g], boxes=one.boxes[:, g]) for one in sets for g in groups]
+        matches = iter(match_sets(parts, cost, check))
+        return [_joined([next(matches) for _ in groups], [g.start for g in groups]) for _ in sets]
+
+
+def _joined(groups: list[Pairs], starts: list[int]) -> Pairs:
+    """For each image the pairs of all groups, whose first queries have these places."""
+    return [
+        (
+            torch.cat([queries + start for (queries, _), start in zip(of_image, starts, strict=True)]),
+            torch.cat([truths for _, truths in of_image]),
+        )
+        for of_image in zip(*groups, strict=True)
+    ]
+
+
+class LwDetrGOLSDLoss:
+    """Stands in for ``LwDetrForObjectDetectionLoss`` on a wrapped model; same arguments, same results.
+
+    The host's loss dict is unweighted, and so are the terms that join it: ``loss_fgl*``, ``loss_ddf*`` and the initial
+    boxes' (``*_pre``). The total takes each with its weight.
+    """
+
+    def __init__(self, config: FDRConfig) -> None:
+        self.config = config
+
+    @closes_on_interrupt
+    def __call__(
+        self,
+        logits: Tensor,
+        labels: list[dict[str, Tensor]],
+        device: torch.device,
+        pred_boxes: Tensor,
+        config: Any,
+        outputs_class: Tensor | None,
+        outputs_coord: Tensor | None,
+        enc_outputs_class: Tensor,
+        enc_outputs_coord: Tensor,
+        **_: Any,
+    ) -> tuple[Tensor, dict[str, Tensor], list[dict[str, Tensor]] | None]:
+        record = current_record()
+        labels = hf.with_boxes_in_rows(labels)
+        layers = [hf.prediction_set(logits, pred_boxes)]
+        if outputs_class is not None and outputs_coord is not None:
+            layers = [hf.prediction_set(*layer) for layer in zip(outputs_class, outputs_coord, strict=True)]
+        auxiliary = layers[:-1]
+        assert record.initial_logits is not None
+        initial = hf.prediction_set(record.initial_logits, record.initial_boxes)
+        encoder = hf.prediction_set(enc_outputs_class, enc_outputs_coord)
+        named = {**union_criterion.layer_names(layers, record), "the initial boxes": initial, "the encoder": encoder}
+        check = union_criterion.check_of_losses_inputs(record, named)
+
+        criterion = UnionLwDetrLoss(
+            matcher=LwDetrHungarianMatcher(
+                class_cost=config.class_cost, bbox_cost=config.bbox_cost, giou_cost=config.giou_cost
+            ),
+            num_classes=config.num_labels,
+            focal_alpha=config.focal_alpha,
+            losses=["labels", "boxes", "cardinality"],
+            group_detr=config.group_detr,
+        )
+        sets = (layers[-1], *auxiliary, initial, encoder)
+        criterion.match([(outputs, labels) for outputs in sets], self.config, check)
+        outputs = {**layers[-1], "auxiliary_outputs": [*auxiliary, initial], "enc_outputs": encoder}
+        losses = union_criterion.rename_suffixes(criterion(outputs, labels), {f"_{len(auxiliary)}": "_pre"})
+        terms = criterion.distribution_losses(record.last(len(layers)), layers, self.config)
+        suffixes = [*(f"_{i}" for i in range(len(auxiliary))), ""]
+        losses.update(union_criterion.named_terms(terms, suffixes))
+        union_criterion.check_losses(losses)
+        weights = {
+            "loss_ce": config.class_loss_coefficient,
+            "loss_bbox": config.bbox_loss_coefficient,
+            "loss_giou": config.giou_loss_coefficient,
+            "loss_fgl": self.config.fgl_weight,
+            "loss_ddf": self.config.ddf_weight,
+        }
+        weighted = [
+            weight * losses[name + suffix]
+            for suffix in [*suffixes, "_pre", "_enc"]
+            for name, weight in weights.items()
+            if name + suffix in losses
+        ]
+        return torch.stack(weighted).sum(), losses, auxiliary or None
+
+
+@register_adapter(
+    "transformers.models.lw_detr.modeling_lw_detr.LwDetrForObjectDetection",
+    "transformers.models.rf_detr.modeling_rf_detr.RfDetrForObjectDetection",
+)
+class LwDetrAdapter(hf.TransformersAdapter):
+    """LW-DETR and RF-DETR. Their box head stays, to locate the initial boxes: nothing retires."""
+
+    decoder_classes: ClassVar[dict[type[nn.Module], type[nn.Module]]] = {
+        modeling_lw_detr.LwDetrDecoder: FDRLwDetrDecoder,
+        modeling_rf_detr.RfDetrDecoder: FDRRfDetrDecoder,
+    }
+    box_heads = (modeling_lw_detr.LwDetrMLPPredictionHead, modeling_rf_detr.RfDetrMLPPredictionHead)
+
+    def check(self, model: host_parts.Host, config: FDRConfig) -> None:
+        super().check(model, config)
+        if type(model.bbox_embed) not in self.box_heads:
+            raise UnsupportedModelError(
+                f"this {type(model).__name__} has a box head of another class: {type(model.bbox_embed)}"
+            )
+
+    def make_loss(self, config: FDRConfig) -> LwDetrGOLSDLoss:
+        return LwDetrGOLSDLoss(config)
+
+    def attach_heads(self, model: host_parts.Host, config: FDRConfig, retired: hf.Retired) -> None:
+        decoder, head = model.model.decoder, model.bbox_embed
+        retired.box_heads = [head] * (len(decoder.layers) - 1)
+        decoder.bbox_embed = head
+        for name, twin in (("bbox_embed", RecordedBoxHead), ("class_embed", RecordedClassifier)):
+            copy = host_parts.sharing_copy(getattr(model, name))
+            host_parts.recast(copy, twin)
+            retired.replace(model, name, copy)
+        names = [f"bbox_embed.{name}" for name, _ in head.named_parameters()]
+        model.all_tied_weights_keys = {f"model.decoder.{name}": name for name in names}
+
+    def detach(self, model: host_parts.Host, retired: Any) -> None:
+        super().detach(model, retired)
+        del model.model.decoder.bbox_embed
+
+    def deploy(self, model: host_parts.Host) -> None:
+        super().deploy(model)
+        model.model.decoder.deployed = True
+        host_parts.recast(model.class_embed, recomputed_boxes.DeployedClassifier)
+        model.bbox_embed = recomputed_boxes.DeployedBoxHead(model.class_embed.in_features)
+        hf.retie(model)
+
+    def host_boxes(
+        self, model: host_parts.Host, layer: int, hidden_states: Tensor, reference: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """See :class:`~dfine_plugin.registry.Adapter`. The decoder goes on with the references that it began with."""
+        references = current_scope().progress.references
+        head = model.model.decoder.bbox_embed
+        moved = at_least_float32(head(hidden_states.to(next(head.parameters()).dtype)))
+        return reference, modeling_lw_detr.refine_bboxes(references, moved)
