@@ -107,7 +107,7 @@ class UnionCriterion(nn.Module):
         self.matcher = GOLSDMatcher(self.matcher)
         if cost is None:
             check.settle(check.sums.cpu())
-            matches = [self.matcher(outputs, targets) for outputs, targets in sets]
+            matches = [self.ask(outputs, targets) for outputs, targets in sets]
         else:
             everything = [*sets, *apart]
             matches = self.solve([self._to_match(*pair) for pair in everything], cost, check)
@@ -126,6 +126,10 @@ class UnionCriterion(nn.Module):
             count = mean_over_processes(len(flat.queries), device)
             for tensor, terms in zip(boxes, box_losses(boxes, flat, count), strict=True):
                 self.terms[id(tensor)], self.taken[id(tensor)] = terms, (flat, count)
+
+    def ask(self, outputs: dict[str, Tensor], targets: list[dict[str, Tensor]]) -> Pairs:
+        """The host's matcher's answer."""
+        return self.matcher(outputs, targets)
 
     def solve(self, sets: Sequence[SetToMatch], cost: MatchingCost, check: FiniteCheck) -> list[Pairs]:
         """Match the sets, for each image all queries at once."""

@@ -61,7 +61,7 @@ _BUILT_IN = {
         "transformers.deformable_detr"
     ),
     "transformers.models.lw_detr.modeling_lw_detr.LwDetrForObjectDetection": "transformers.lw_detr",
-    "transformers.models.rf_detr.modeling_rf_detr.RfDetrForObjectDetection": "transformers.lw_detr",
+    "transformers.models.rf_detr.modeling_rf_detr.RfDetrForObjectDetection": "transformers.rf_detr",
     "projects.deformable_detr.modeling.deformable_detr.DeformableDETR": "detrex.deformable_detr",
     "projects.h_deformable_detr.modeling.h_deformable_detr.HDeformableDETR": "detrex.h_deformable_detr",
     "projects.dab_deformable_detr.modeling.dab_deformable_detr.DabDeformableDETR": "detrex.dab_deformable_detr",

@@ -1,19 +1,19 @@
-"""LW-DETR and RF-DETR of Hugging Face transformers.
+"""LW-DETR of Hugging Face transformers, and what RF-DETR shares with it.
 
-Every decoder layer predicts from one fixed reference, by one box head that all share. So the decoder runs as it is; then
-the head's box for the first layer is the frame whose edges the distributions move, layer by layer. The model's heads,
-which are asked for the last layer and then for all, look the outcome up. In training, queries come in groups, and each
-group is matched by itself.
+Every decoder layer predicts from one fixed reference, by one box head that all share. So the decoder runs as it is;
+then the head's box for the first layer is the frame whose edges the distributions move, layer by layer. The model's
+heads, which are asked for the last layer and then for all, look the outcome up. In training, queries come in groups,
+and each group is matched by itself.
 """
 
-from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers.loss.loss_lw_detr import LwDetrHungarianMatcher, LwDetrImageLoss
 from transformers.models.lw_detr import modeling_lw_detr
-from transformers.models.rf_detr import modeling_rf_detr
 
 from dfine_plugin.assignment import MatchingCost, SetToMatch, match_sets
 from dfine_plugin.boxes import at_least_float32
@@ -38,57 +38,12 @@ def deltas(boxes: Tensor, references: Tensor) -> Tensor:
     return torch.cat([(boxes[..., :2] - references[..., :2]) / sides, (boxes[..., 2:] / sides).log()], dim=-1)
 
 
-class FixedReferences(NamedTuple):
-    """What the model's heads need beside the record: ``(B, Q, C)`` states of the first layer, ``(B, Q, 4)`` references."""
+class RecordedBoxHead:
+    """Mixin before the host's box head: the refined boxes, as the deltas that the model expects."""
 
-    first_hidden_states: Tensor
-    references: Tensor
-
-
-class RefiningAfterwards:
-    """Mixin before a host's decoder: refines distributions on the hidden states of all layers, when these have run."""
-
-    fdr: FDRHead
-    bbox_embed: Any
-    deployed = False
-
-    def forward(self, *args, **kwargs):
-        outputs = super().forward(*args, **kwargs)  # type: ignore[misc]
-        hidden = outputs.intermediate_hidden_states.unbind(0)
-        references = at_least_float32(outputs.intermediate_reference_points[-1])
-        moved = at_least_float32(self.bbox_embed(hidden[0]))
-        initial_boxes = modeling_lw_detr.refine_bboxes(references, moved)
-        state = self.fdr.start(initial_boxes)
-        record = FDRRecord(self.fdr.weights, initial_boxes)
-        if in_scope():
-            current_scope().progress = FixedReferences(hidden[0], references)
-        for index, hidden_states in enumerate(hidden):
-            state = self.fdr(index, hidden_states, state)
-            record.corner_logits.append(state.corner_logits)
-            record.boxes.append(state.boxes)
-            quality = self.fdr.quality_logits(index, state.probabilities)
-            if quality is not None:
-                record.quality_logits.append(quality)
-        leave_record(record)
-        if self.deployed:
-            delta = deltas(state.boxes, references)
-            outputs.last_hidden_state = recomputed_boxes.with_channels(hidden[-1], delta, record.quality_logits)
-        return outputs
-
-
-class FDRLwDetrDecoder(RefiningAfterwards, modeling_lw_detr.LwDetrDecoder):
-    """LW-DETR's decoder, refining distributions."""
-
-
-class FDRRfDetrDecoder(RefiningAfterwards, modeling_rf_detr.RfDetrDecoder):
-    """RF-DETR's decoder, refining distributions."""
-
-
-class RecordedBoxHead(nn.Module):
-    """In place of the model's box head: the refined boxes as the deltas that the model expects.
-
-    The host's own recast, for it holds the second name of the parameters that the decoder locates the initial boxes by.
-    """
+    def locate(self, hidden_states: Tensor) -> Tensor:
+        """What the host's own head answers, ``(B, Q, 4)``: it locates the initial boxes."""
+        return super().forward(hidden_states)  # type: ignore[misc]
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """``(B, Q, 4)`` for the last layer's states, ``(L, B, Q, 4)`` for those of all layers."""
@@ -96,6 +51,10 @@ class RecordedBoxHead(nn.Module):
         if hidden_states.ndim == 3:
             return deltas(boxes[-1], references)
         return torch.stack([deltas(layer, references) for layer in boxes])
+
+
+class RecordedLwDetrBoxHead(RecordedBoxHead, modeling_lw_detr.LwDetrMLPPredictionHead):
+    """LW-DETR's box head."""
 
 
 class RecordedClassifier(nn.Linear):
@@ -113,6 +72,66 @@ class RecordedClassifier(nn.Linear):
         return logits + quality.to(logits.dtype)
 
 
+@dataclass
+class Progress:
+    """What decoder and heads hand to one another in a forward.
+
+    Attributes:
+        box_head: the model's.
+        references: ``(B, Q, 4)`` cxcywh, of all layers.
+        first_hidden_states: ``(B, Q, C)``, of the first layer.
+    """
+
+    box_head: RecordedBoxHead
+    references: Tensor | None = None
+    first_hidden_states: Tensor | None = None
+
+
+class RefiningAfterwards:
+    """Mixin before a host's decoder: refines distributions on the hidden states of all layers, when these have run.
+
+    Deployed, it holds the box head that locates the initial boxes, and its last level alone goes on, with the box and
+    the quality as further channels of the hidden states.
+    """
+
+    fdr: FDRHead
+    bbox_embed: Any
+    deployed = False
+
+    def forward(self, *args, **kwargs):
+        outputs = super().forward(*args, **kwargs)  # type: ignore[misc]
+        if not self.deployed and not in_scope():
+            return outputs  # the model's heads, which would ask for boxes, do not run
+        hidden = outputs.intermediate_hidden_states.unbind(0)
+        references = at_least_float32(outputs.intermediate_reference_points[-1])
+        if self.deployed:
+            locate = self.bbox_embed
+        else:
+            progress = current_scope().progress
+            progress.references, progress.first_hidden_states = references, hidden[0]
+            locate = progress.box_head.locate
+        initial_boxes = modeling_lw_detr.refine_bboxes(references, at_least_float32(locate(hidden[0])))
+        state = self.fdr.start(initial_boxes)
+        record = FDRRecord(self.fdr.weights, initial_boxes)
+        for index, hidden_states in enumerate(hidden):
+            state = self.fdr(index, hidden_states, state)
+            record.corner_logits.append(state.corner_logits)
+            record.boxes.append(state.boxes)
+            quality = self.fdr.quality_logits(index, state.probabilities)
+            if quality is not None:
+                record.quality_logits.append(quality)
+        leave_record(record)
+        if self.deployed:
+            delta = deltas(state.boxes, references)
+            last = recomputed_boxes.with_channels(hidden[-1], delta, record.quality_logits)
+            outputs.last_hidden_state, outputs.intermediate_hidden_states = last, last[None]
+        return outputs
+
+
+class FDRLwDetrDecoder(RefiningAfterwards, modeling_lw_detr.LwDetrDecoder):
+    """LW-DETR's decoder, refining distributions."""
+
+
 class UnionLwDetrLoss(union_criterion.UnionCriterion, LwDetrImageLoss):
     """The host's criterion, fed with the union."""
 
@@ -121,6 +140,9 @@ class UnionLwDetrLoss(union_criterion.UnionCriterion, LwDetrImageLoss):
         if type(matcher) is not LwDetrHungarianMatcher:
             return None
         return MatchingCost(matcher.class_cost, matcher.bbox_cost, matcher.giou_cost)
+
+    def ask(self, outputs: dict[str, Tensor], targets: list[dict[str, Tensor]]) -> Pairs:
+        return self.matcher(outputs, targets, self.group_detr)
 
     def solve(self, sets: Sequence[SetToMatch], cost: MatchingCost, check: FiniteCheck) -> list[Pairs]:
         """Match group by group, each a set of its own; the groups' pairs with the queries' places among all."""
@@ -211,56 +233,49 @@ class LwDetrGOLSDLoss:
         return torch.stack(weighted).sum(), losses, auxiliary or None
 
 
-@register_adapter(
-    "transformers.models.lw_detr.modeling_lw_detr.LwDetrForObjectDetection",
-    "transformers.models.rf_detr.modeling_rf_detr.RfDetrForObjectDetection",
-)
+@register_adapter("transformers.models.lw_detr.modeling_lw_detr.LwDetrForObjectDetection")
 class LwDetrAdapter(hf.TransformersAdapter):
-    """LW-DETR and RF-DETR. Their box head stays, to locate the initial boxes: nothing retires."""
+    """LW-DETR. Its box head stays, to locate the initial boxes: nothing retires."""
 
     decoder_classes: ClassVar[dict[type[nn.Module], type[nn.Module]]] = {
-        modeling_lw_detr.LwDetrDecoder: FDRLwDetrDecoder,
-        modeling_rf_detr.RfDetrDecoder: FDRRfDetrDecoder,
+        modeling_lw_detr.LwDetrDecoder: FDRLwDetrDecoder
     }
-    box_heads = (modeling_lw_detr.LwDetrMLPPredictionHead, modeling_rf_detr.RfDetrMLPPredictionHead)
+    box_head_classes: ClassVar[dict[type[nn.Module], type[Any]]] = {
+        modeling_lw_detr.LwDetrMLPPredictionHead: RecordedLwDetrBoxHead
+    }
+    """From the host's class of box heads to its subclass with :class:`RecordedBoxHead`."""
 
     def check(self, model: host_parts.Host, config: FDRConfig) -> None:
         super().check(model, config)
-        if type(model.bbox_embed) not in self.box_heads:
-            raise UnsupportedModelError(
-                f"this {type(model).__name__} has a box head of another class: {type(model.bbox_embed)}"
-            )
+        if type(model.bbox_embed) not in self.box_head_classes:
+            name = type(model).__name__
+            raise UnsupportedModelError(f"this {name} has a box head of another class: {type(model.bbox_embed)}")
 
     def make_loss(self, config: FDRConfig) -> LwDetrGOLSDLoss:
         return LwDetrGOLSDLoss(config)
 
     def attach_heads(self, model: host_parts.Host, config: FDRConfig, retired: hf.Retired) -> None:
-        decoder, head = model.model.decoder, model.bbox_embed
-        retired.box_heads = [head] * (len(decoder.layers) - 1)
-        decoder.bbox_embed = head
-        for name, twin in (("bbox_embed", RecordedBoxHead), ("class_embed", RecordedClassifier)):
-            copy = host_parts.sharing_copy(getattr(model, name))
-            host_parts.recast(copy, twin)
-            retired.replace(model, name, copy)
-        names = [f"bbox_embed.{name}" for name, _ in head.named_parameters()]
-        model.all_tied_weights_keys = {f"model.decoder.{name}": name for name in names}
+        retired.box_heads = [model.bbox_embed] * (len(model.model.decoder.layers) - 1)
+        retired.recast(model, "bbox_embed", self.box_head_classes[type(model.bbox_embed)])
+        retired.recast(model, "class_embed", RecordedClassifier)
 
-    def detach(self, model: host_parts.Host, retired: Any) -> None:
-        super().detach(model, retired)
-        del model.model.decoder.bbox_embed
+    def begin(self, model: host_parts.Host, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        super().begin(model, args, kwargs)
+        current_scope().progress = Progress(model.bbox_embed)
 
     def deploy(self, model: host_parts.Host) -> None:
         super().deploy(model)
-        model.model.decoder.deployed = True
+        decoder, head = model.model.decoder, model.bbox_embed
+        own = {twin: host_class for host_class, twin in self.box_head_classes.items()}
+        host_parts.recast(head, own[type(head)])
+        decoder.bbox_embed, decoder.deployed = head, True
         host_parts.recast(model.class_embed, recomputed_boxes.DeployedClassifier)
         model.bbox_embed = recomputed_boxes.DeployedBoxHead(model.class_embed.in_features)
-        hf.retie(model)
 
     def host_boxes(
         self, model: host_parts.Host, layer: int, hidden_states: Tensor, reference: Tensor
     ) -> tuple[Tensor, Tensor]:
         """See :class:`~dfine_plugin.registry.Adapter`. The decoder goes on with the references that it began with."""
-        references = current_scope().progress.references
-        head = model.model.decoder.bbox_embed
-        moved = at_least_float32(head(hidden_states.to(next(head.parameters()).dtype)))
-        return reference, modeling_lw_detr.refine_bboxes(references, moved)
+        progress = current_scope().progress
+        moved = at_least_float32(progress.box_head.locate(hidden_states))
+        return reference, modeling_lw_detr.refine_bboxes(progress.references, moved)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
+from transformers.core_model_loading import WeightConverter
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
@@ -160,13 +160,23 @@ def rename_saved(model: Host, state_dict: dict[str, Any], prefix: str) -> None:
     strange = [key for key in state_dict if key.startswith(prefix) and key not in own]
     if not strange:
         return
-    renamings = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
+    rules = get_model_conversion_mapping(model)
+    converters: dict[str, WeightConverter] = {}
     for key in strange:
-        name = key.removeprefix(prefix)
-        for rule in renamings:
-            name, _ = rule.rename_source_key(name)
-        # also where the model has no such key: a frozen batch norm takes out what a live one has counted
-        state_dict.setdefault(prefix + name, state_dict.pop(key))
+        tensor, name = state_dict.pop(key), key.removeprefix(prefix)
+        for rule in rules:
+            renamed, pattern = rule.rename_source_key(name)
+            if isinstance(rule, WeightConverter) and pattern is not None:  # such as three projections in one matrix
+                converter = converters.setdefault(renamed, copy.deepcopy(rule))
+                converter.add_tensor(renamed, key, pattern, tensor)
+                break
+            name = renamed
+        else:
+            # also where the model has no such key: a frozen batch norm takes out what a live one has counted
+            state_dict.setdefault(prefix + name, tensor)
+    for renamed, converter in converters.items():
+        for name, converted in converter.convert(renamed, model=model, config=model.config).items():
+            state_dict.setdefault(prefix + name, converted[0] if isinstance(converted, list) else converted)
 
 
 def load_pretrained(path: str | Path, **kwargs: Any) -> Host:

@@ -33,9 +33,16 @@ class Host(ABC):
     """What an FDRConfig for this host must say."""
     checkpointing: bool = False
     """Whether the host supports gradient checkpointing."""
+    fixed_references: bool = False
+    """Whether all decoder layers attend from the references of the first, and share its box head, which stays."""
 
     decoder: ClassVar[str]
     """The dotted name of the decoder, and of the FDR head with ``.fdr`` behind it."""
+
+    @property
+    def encoder(self) -> str:
+        """The dotted name of what runs before the decoder."""
+        return self.decoder.replace("decoder", "encoder")
 
     @abstractmethod
     def losses(self, model: nn.Module, images: Tensor, labels: list[dict[str, Tensor]]) -> tuple[Tensor, dict]:

@@ -1,6 +1,7 @@
 """What comes in wrong is named, and leaves nothing behind."""
 
 import gc
+import inspect
 import warnings
 import weakref
 from collections.abc import Callable
@@ -105,9 +106,10 @@ def test_positional_labels_are_checked_too(transformers_host: Host) -> None:
     model = wrapped(transformers_host)
     targets = labels()
     targets[0]["class_labels"].fill_(9)
-    count = 7 if isinstance(model, DeformableDetrForObjectDetection) else 5
+    names = list(inspect.signature(type(model).forward).parameters)
+    between = names.index("labels") - names.index("pixel_values") - 1
     with pytest.raises(InvalidTargetError, match="label 9"):
-        model(images(), *[None] * (count - 2), targets)
+        model(images(), *[None] * between, targets)
 
 
 def test_empty_boxes_of_any_shape_are_no_boxes(transformers_host: Host) -> None:
@@ -177,7 +179,7 @@ def test_nothing_is_left_after_an_interrupt(host: Host, part: str, monkeypatch: 
             patch.setattr(union_criterion.UnionCriterion, "match", interrupt)
         else:
             interrupted = {
-                "encoder": model.get_submodule(host.decoder.replace("decoder", "encoder")),
+                "encoder": model.get_submodule(host.encoder),
                 "decoder": decoder.layers[1],
                 "class head": heads[1] if isinstance(heads, nn.ModuleList) else heads,
             }
@@ -216,7 +218,8 @@ def test_a_model_nobody_knows() -> None:
     with pytest.raises(
         UnsupportedModelError,
         match=r"^no adapter for torch.nn.modules.linear.Linear. Supported: RTDetrForObjectDetection, "
-        r"RTDetrV2ForObjectDetection, DeformableDetrForObjectDetection \(transformers\); DeformableDETR, .*DINO.* "
+        r"RTDetrV2ForObjectDetection, DeformableDetrForObjectDetection, "
+        r"LwDetrForObjectDetection, RfDetrForObjectDetection \(transformers\); DeformableDETR, .*DINO.* "
         r"\(detrex\).*register_adapter",
     ):
         wrap_decoder(nn.Linear(2, 2))

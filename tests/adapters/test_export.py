@@ -77,7 +77,8 @@ def test_a_graph_in_half_precision_of_fewer_layers_says_so_and_keeps_boxes(host:
     assert Counter(node.op_type for node in graph)["LayerNormalization"] >= 3 * FEWER
     head = f"model.{find_adapter(model).decoder}.fdr"
     own = [node for node in graph if module_of(node) == head and node.op_type in ("Softmax", "ReduceSum", "Mul")]
-    assert len([node for node in own if node.op_type == "Softmax"]) == FEWER
+    # where no layer attends from what the one before has refined, the last one's boxes alone are computed
+    assert len([node for node in own if node.op_type == "Softmax"]) == (1 if host.fixed_references else FEWER)
     assert {node.outputs[0].dtype for node in own} == {ir.DataType.FLOAT}
     if "two-stage" in host.name or "dino" in host.name or "rt-detr" in host.name or "h-deformable" in host.name:
         return  # random proposals are all but equal: rounding decides which of them become queries

@@ -19,10 +19,12 @@ def test_the_hosts_matcher_would_have_answered_the_same(
     compared: list[int] = []
     forward = GOLSDMatcher.forward
 
-    def compare(self: GOLSDMatcher, outputs: dict[str, Any], targets: list[Any]) -> list[Any]:
+    def compare(
+        self: GOLSDMatcher, outputs: dict[str, Any], targets: list[Any], *groups: int, **more: int
+    ) -> list[Any]:
         assert self.knows(outputs["pred_boxes"]), "this set is not matched the fast way"
         found = forward(self, outputs, targets)
-        for ours, theirs in zip(found, self.matcher(outputs, targets), strict=True):
+        for ours, theirs in zip(found, self.matcher(outputs, targets, *groups, **more), strict=True):
             assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
         compared.append(len(found))
         return found
@@ -42,16 +44,20 @@ def test_a_matcher_that_nobody_knows_is_asked_itself(host: Host, monkeypatch: py
     if host.name.startswith("detrex"):
         kind = type(model.criterion.matcher)
     else:
-        from dfine_plugin.adapters.transformers import deformable_detr, rt_detr
+        from dfine_plugin.adapters.transformers import deformable_detr, lw_detr, rt_detr
 
         if host.name.startswith("rt-detr"):
             module, name = rt_detr, "RTDetrHungarianMatcher"
+        elif host.fixed_references:
+            module, name = lw_detr, "LwDetrHungarianMatcher"
         else:
             module, name = deformable_detr, "DeformableDetrHungarianMatcher"
         kind = getattr(module, name)
 
     forward = kind.forward
-    own = type("Own", (kind,), {"forward": lambda self, *args: asked.append(args) or forward(self, *args)})
+    own = type(
+        "Own", (kind,), {"forward": lambda self, *args, **more: asked.append(args) or forward(self, *args, **more)}
+    )
     if host.name.startswith("detrex"):
         model.criterion.matcher.__class__ = own
     else:

@@ -64,7 +64,7 @@ def refine_afterwards(model: PreTrainedModel, inputs: dict[str, Any]) -> slow.Pr
         hidden = layer(hidden, position_embeddings=position, reference_points=points, **inputs)
         normed = decoder.layernorm(hidden)
         logits = F.linear(normed, model.class_embed.weight, model.class_embed.bias)
-        fdr.layer(normed, decoder.bbox_embed, reference, 0.0, logits)
+        fdr.layer(normed, model.bbox_embed.locate, reference, 0.0, logits)
     return fdr.out
 
 

@@ -117,6 +117,10 @@ class TransformersHost(Host):
 
     decoder = "model.decoder"
 
+    @property
+    def encoder(self) -> str:
+        return "model.backbone" if self.fixed_references else super().encoder
+
     def losses(self, model: nn.Module, images: Tensor, labels: list[dict[str, Tensor]]) -> tuple[Tensor, dict]:
         outputs = model(images, labels=labels)
         return outputs.loss, outputs.loss_dict
@@ -147,6 +151,6 @@ HOSTS = [
         settings={"box_refinement": True},
         checkpointing=True,
     ),
-    TransformersHost("lw-detr", _lw_detr, weighted_loss_dict=False, checkpointing=True),
-    TransformersHost("rf-detr", _rf_detr, weighted_loss_dict=False, checkpointing=True),
+    TransformersHost("lw-detr", _lw_detr, weighted_loss_dict=False, fixed_references=True),
+    TransformersHost("rf-detr", _rf_detr, weighted_loss_dict=False, fixed_references=True),
 ]
