@@ -151,6 +151,38 @@ def deformable_detr_two_stage(class_names: list[str], num_queries: int) -> nn.Mo
     return _deformable_detr(class_names, num_queries, two_stage=True)
 
 
+@host("lw-detr", learning_rate=1e-3)
+def lw_detr(class_names: list[str], num_queries: int) -> nn.Module:
+    """LW-DETR, 0.5 M parameters: a ViT of four layers, two levels, three groups of queries."""
+    from transformers import LwDetrConfig, LwDetrForObjectDetection, LwDetrViTConfig
+
+    backbone = LwDetrViTConfig(
+        hidden_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=96,
+        pretrain_image_size=96,
+        patch_size=16,
+        num_windows=4,
+        window_block_indices=[0, 2],
+        out_indices=[2, 4],
+    )
+    config = LwDetrConfig(
+        backbone_config=backbone,
+        projector_scale_factors=[2.0, 1.0],
+        c2f_num_blocks=1,
+        d_model=64,
+        decoder_ffn_dim=128,
+        decoder_layers=3,
+        decoder_self_attention_heads=4,
+        decoder_cross_attention_heads=4,
+        num_queries=num_queries,
+        group_detr=3,
+        **_labels(class_names),
+    )
+    return LwDetrForObjectDetection(config)
+
+
 def _detrex(name: str, class_names: list[str], num_queries: int) -> nn.Module:
     from dfine_plugin.benchmarks.detrex_hosts import build_detrex_host
 

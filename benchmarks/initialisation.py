@@ -28,25 +28,31 @@ def initialise_from_scratch(model: nn.Module) -> None:
       the encoder's output; zeros in the last layers of box heads.
     - Deformable-DETR (official `DeformableDETR`): Xavier in all of encoder, decoder and input projections; zeros in the
       last layers of box heads, whose first one starts at sides of sigmoid(-2) where references have no sides.
+    - LW-DETR (official `LWDETR`): the ViT as transformers draws it; Xavier in all of the decoder and in the encoder's
+      output; zeros in references' offsets and in the last layers of box heads; the encoder's heads as copies of the
+      model's.
     - Class biases: the focal loss's prior.
 
     Deformable-DETR's backbone comes frozen in part, BatchNorm included: it trains.
     """
     _unfreeze(model)
-    kept = _deformable_attentions(model)
-    for name, module in model.named_modules():
-        if not any(name.startswith(f"{prefix}.") for prefix in kept) and hasattr(module, "reset_parameters"):
+    kind = getattr(getattr(model, "config", None), "model_type", "")
+    kept = [*_deformable_attentions(model), *(["model.backbone.backbone"] if kind == "lw_detr" else [])]
+    drawn = {name: m for name, m in model.named_modules() if not any(name.startswith(f"{prefix}.") for prefix in kept)}
+    for name, module in drawn.items():
+        if hasattr(module, "reset_parameters"):
             module.reset_parameters()
-        if isinstance(module, nn.Conv2d) and "backbone" in name:
+        if isinstance(module, nn.Conv2d) and "backbone" in name and kind != "lw_detr":
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    for module in model.modules():
+    for module in drawn.values():
         if hasattr(module, "q_proj") and hasattr(module, "o_proj"):
             _initialise_attention(module)
-    kind = getattr(getattr(model, "config", None), "model_type", "")
     if kind.startswith("rt_detr"):
         _initialise_rt_detr(model)
     elif kind == "deformable_detr":
         _initialise_deformable_detr(model)
+    elif kind == "lw_detr":
+        _initialise_lw_detr(model)
     else:
         raise ValueError(f"no initialisation from scratch is known for {type(model).__name__}")
 
@@ -106,6 +112,19 @@ def _initialise_deformable_detr(model: Any) -> None:
     if not model.config.two_stage:
         nn.init.constant_(model.bbox_embed[0].layers[-1].bias[2:], -2.0)
     _set_class_bias(*model.class_embed)
+
+
+def _initialise_lw_detr(model: Any) -> None:
+    inner = model.model
+    feed_forward = [linear for layer in inner.decoder.layers for linear in (layer.mlp.fc1, layer.mlp.fc2)]
+    for linear in (*feed_forward, *inner.decoder.ref_point_head.layers, *inner.enc_output):
+        nn.init.xavier_uniform_(linear.weight)
+    nn.init.zeros_(inner.reference_point_embed.weight)
+    _zero(model.bbox_embed.layers[-1])
+    _set_class_bias(model.class_embed)
+    for own, copies in ((model.bbox_embed, inner.enc_out_bbox_embed), (model.class_embed, inner.enc_out_class_embed)):
+        for head in copies:
+            head.load_state_dict(own.state_dict())
 
 
 def _zero(linear: nn.Linear) -> None:

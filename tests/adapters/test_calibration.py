@@ -135,7 +135,7 @@ def test_the_head_alone_is_trainable(host: Host) -> None:
     model = wrap(host, copy.deepcopy(bare), trainable="head", union=True, ddf=True, lqe=True).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     head = dict(host.fdr(model).named_parameters(prefix=f"{host.decoder}.fdr"))
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     assert {id(p) for group in optimizer.param_groups for p in group["params"]} == {id(p) for p in head.values()}
     for _ in range(2):
         host.loss(model, images(), labels()).backward()

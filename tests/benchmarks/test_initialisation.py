@@ -32,7 +32,7 @@ def xavier(weight: Tensor) -> float:
     return math.sqrt(2 / sum(weight.shape[:2]) / weight[0, 0].numel())
 
 
-@pytest.mark.parametrize("host", [*RT_DETRS, *DEFORMABLE_DETRS])
+@pytest.mark.parametrize("host", [*RT_DETRS, *DEFORMABLE_DETRS, "lw-detr"])
 def test_self_attention_starts_as_torchs_own(host: str) -> None:
     attention = build(host).model.decoder.layers[1].self_attn
     reference = nn.MultiheadAttention(64, 4)
@@ -84,6 +84,23 @@ def test_deformable_detr_starts_as_the_authors(host: str) -> None:
         assert head.layers[-1].bias.tolist() == [0.0, 0.0, sides, sides]
         torch.testing.assert_close(head.layers[0].weight, model.bbox_embed[0].layers[0].weight)
     torch.testing.assert_close(model.class_embed[0].bias.sigmoid(), torch.full((2,), PRIOR))
+
+
+def test_lw_detr_starts_as_the_authors() -> None:
+    model = build("lw-detr")
+    inner, layer = model.model, model.model.decoder.layers[0]
+    for linear in (layer.mlp.fc1, layer.mlp.fc2, *inner.decoder.ref_point_head.layers, *inner.enc_output):
+        assert spread(linear.weight) == pytest.approx(xavier(linear.weight), rel=0.06)
+    assert not layer.cross_attn.sampling_offsets.weight.any()
+    assert not inner.reference_point_embed.weight.any()
+    assert spread(inner.backbone.backbone.encoder.layer[0].intermediate.fc1.weight) == pytest.approx(0.02, rel=0.05)
+    for head in (model.bbox_embed, *inner.enc_out_bbox_embed):
+        assert not head.layers[-1].weight.any()
+        assert not head.layers[-1].bias.any()
+        torch.testing.assert_close(head.layers[0].weight, model.bbox_embed.layers[0].weight)
+    for head in (model.class_embed, *inner.enc_out_class_embed):
+        torch.testing.assert_close(head.bias.sigmoid(), torch.full((2,), PRIOR))
+        torch.testing.assert_close(head.weight, model.class_embed.weight)
 
 
 @pytest.mark.parametrize("host", [*RT_DETRS, *DEFORMABLE_DETRS])
