@@ -156,6 +156,7 @@ def lw_detr(class_names: list[str], num_queries: int) -> nn.Module:
     """LW-DETR, 0.5 M parameters: a ViT of four layers, two levels, three groups of queries."""
     from transformers import LwDetrConfig, LwDetrForObjectDetection, LwDetrViTConfig
 
+    sizes: dict[str, Any] = {"out_indices": [2, 4]}  # transformers declares it under another name
     backbone = LwDetrViTConfig(
         hidden_size=64,
         num_hidden_layers=4,
@@ -165,7 +166,7 @@ def lw_detr(class_names: list[str], num_queries: int) -> nn.Module:
         patch_size=16,
         num_windows=4,
         window_block_indices=[0, 2],
-        out_indices=[2, 4],
+        **sizes,
     )
     config = LwDetrConfig(
         backbone_config=backbone,
