@@ -56,7 +56,8 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 # --8<-- [end:data]
-# --8<-- [start:host]
+
+
 def load_processor(host: str) -> Any:
     """What makes pixels of pictures."""
     try:
@@ -68,6 +69,7 @@ def load_processor(host: str) -> Any:
     return processor
 
 
+# --8<-- [start:host]
 def load_host(host: str, names: dict[int, str]) -> nn.Module:
     """The trained host, with new class heads if its classes are others."""
     return AutoModelForObjectDetection.from_pretrained(
