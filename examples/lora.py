@@ -65,6 +65,8 @@ def main(
     processor = load_processor(host)
     train_data, val_data = (CocoSplit(folder, split, processor) for split in ("train", "val"))
     model = load_host(host, train_data.names)
+    if model.config.model_type != "rt_detr":
+        raise typer.BadParameter(f"{host} is no RT-DETR: peft takes no other host", param_hint="--host")
     wrap(model, train_data, batch_size)
     model = add_adapters(model)
     model.print_trainable_parameters()

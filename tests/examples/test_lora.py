@@ -53,3 +53,13 @@ def test_the_adapters_come_back(
             torch.testing.assert_close(found.pred_boxes, expected.pred_boxes, atol=1e-4, rtol=1e-4)
             torch.testing.assert_close(found.logits, expected.logits, atol=1e-3, rtol=1e-3)
     assert not torch.allclose(start.logits, expected.logits, atol=1e-1)
+
+
+@pytest.mark.slow
+def test_other_hosts_are_told_before_anything_slow(examples: dict[str, ModuleType], data: Path, tmp_path: Path) -> None:
+    code, printed = run(
+        examples["lora"], data, "--host", TRAINED / "deformable-detr", "--output", tmp_path / "adapters"
+    )
+    assert code == 2
+    assert "is no RT-DETR" in printed
+    assert not (tmp_path / "adapters").exists()
