@@ -33,7 +33,8 @@ def plot_ap_over_steps(results: Sequence[Result], path: Path) -> None:
         curves = [r["curve"] for r in results if r["settings"]["variant"] == variant]
         steps = np.array([point["step"] for point in curves[0]])
         _band(axes, steps, np.array([[point["AP"] for point in curve] for curve in curves]), variant)
-    axes.set(xlabel="steps", ylabel="AP", title=_title(results))
+    axes.set(xlabel="steps", ylabel="AP")
+    axes.set_title(_title(results), fontsize=10)
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
@@ -57,7 +58,8 @@ def plot_ap_per_threshold(results: Sequence[Result], path: Path) -> None:
         common = sorted(runs.keys() & baseline.keys())
         if common:
             _band(bottom, IOU_THRESHOLDS, np.array([runs[seed] - baseline[seed] for seed in common]), variant)
-    top.set(ylabel="AP at the threshold", title=_title(results))
+    top.set_ylabel("AP at the threshold")
+    top.set_title(_title(results), fontsize=10)
     bottom.set(xlabel="IoU threshold", ylabel="difference to the baseline")
     top.legend()
     for axes in (top, bottom):

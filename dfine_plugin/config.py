@@ -27,10 +27,12 @@ class FDRConfig:
 
     Attributes:
         num_bins: N, even; each edge has N + 1 bins.
-        a, c: range and curvature of the weighting function W, in units of the initial box's side.
+        a: range of the weighting function W, in units of the initial box's side.
+        c: its curvature, in the same units.
         weighting: ``"nonuniform"`` (the paper's W) or ``"uniform"`` (evenly spaced from -2a to 2a, as in GFocal).
         temperature: T of the DDF distillation.
-        fgl_weight, ddf_weight: weights of the two losses.
+        fgl_weight: weight of FGL.
+        ddf_weight: weight of DDF.
         union: GO matching: box losses, FGL and DDF of all layers share the union of all layers' matches.
         ddf: distil the last layer's distributions into the layers before it. ``union=False, ddf=False`` is FDR alone.
         residual_scale: multiplies what each layer's MLP adds to the logits. A head of scale 1 and larger weights

@@ -59,8 +59,8 @@ def draw_union() -> None:
     figure, axes = plt.subplots(figsize=(6.4, 3), layout="constrained")
     for row, pairs in enumerate([*votes, list(zip(queries.tolist(), truths.tolist(), strict=True))]):
         for query, truth in pairs:
-            axes.scatter(query, row, s=420, color=f"C{truth}", marker="s")
-            axes.annotate(f"truth {truth + 1}", (query, row), ha="center", va="center", fontsize=6, color="white")
+            axes.scatter(query, row, s=800, color=f"C{truth}", marker="s")
+            axes.annotate(f"truth {truth + 1}", (query, row), ha="center", va="center", fontsize=8, color="white")
     axes.axhline(len(votes) - 0.5, color="black", linewidth=1)
     axes.set(xlim=(-0.6, 3.6), ylim=(len(votes) + 0.6, -0.6), xticks=range(4), yticks=range(len(votes) + 1))
     axes.set_xticklabels([f"query {i + 1}" for i in range(4)])

@@ -12,8 +12,8 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("CHANGELOG.md", "CONTRIBUTING.md", "projects/README.md", "benchmarks/results/**/*.*", "examples/*.ipynb")
-DATA = {".md", ".png", ".json", ".ipynb"}
+PAGES = ("CHANGELOG.md", "CONTRIBUTING.md", "projects/README.md", "benchmarks/results/**/*.*", "examples/*.*")
+DATA = {".md", ".png", ".json", ".ipynb", ".py"}
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

@@ -1,7 +1,6 @@
 """The commands `export` and `build-engine` from end to end."""
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,18 +10,15 @@ import onnxruntime
 import pytest
 import torch
 from PIL import Image
-from transformers import RTDetrImageProcessor
 from typer.testing import CliRunner
 
 from dfine_plugin.checkpoints import open_checkpoint
 from dfine_plugin.commands import app
-from dfine_plugin.export.postprocess import select_detections
 from dfine_plugin.installing import install_hint
 
 from ..adapters.hosts import IMAGE_SIZE, wrapped
 from ..adapters.transformers_hosts import HOSTS
 
-PAGE = Path(__file__).parents[2] / "docs" / "ship.md"
 # its queries are learnt, not selected: no rounding decides which of many equal ones are taken
 HOST = {host.name: host for host in HOSTS}["deformable-detr-refine"]
 
@@ -70,42 +66,6 @@ def test_export_in_half_precision_with_parity_and_ap(folders: tuple[Path, Path],
     code, output = run("build-engine", path, "--target", "sm75", "--precision", "fp32")
     assert code == 1
     assert "are not fp32" in output
-
-
-@pytest.mark.slow
-def test_the_pages_lines_run_a_graph_by_onnxruntime_alone(
-    folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, data = folders
-    # normalisation and names that are not the usual ones
-    shutil.copytree(model, tmp_path / "model")
-    statistics = {"do_normalize": True, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.25, 0.5, 1]}
-    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    RTDetrImageProcessor(size=size, **statistics).save_pretrained(tmp_path / "model")
-    shutil.copy(data / "images" / "0.png", tmp_path / "photo.jpg")
-    code, output = run("export", "--model", tmp_path / "model", "--output", tmp_path / "model.onnx", "--detections", 20)
-    assert code == 0, output
-
-    (snippet,) = (block for block in PAGE.read_text().split("```") if "InferenceSession" in block)
-    code = snippet.removeprefix("python\n").replace("if score >= 0.5:", "if True:")  # of a model that was never trained
-    script = "import sys; sys.modules['torch'] = None\n" + code + "\nnp.savez('found', scores, labels, boxes, images)"
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert result.stderr == ""
-    scores, labels, boxes, images = np.load(tmp_path / "found.npz").values()
-
-    checkpoint = open_checkpoint(tmp_path / "model")
-    with Image.open(tmp_path / "photo.jpg") as photo:
-        pixels = checkpoint.preprocess(photo)
-        width, height = photo.size
-    np.testing.assert_allclose(images, pixels, atol=0.02)
-    with torch.no_grad():
-        found = checkpoint.load()(torch.from_numpy(images))
-    wanted = select_detections(found.logits, found.pred_boxes, torch.tensor([[height, width]]), 20)
-    for values, ours in zip((scores, labels, boxes), wanted, strict=True):
-        np.testing.assert_allclose(values, ours.numpy(), rtol=1e-4, atol=1e-3)
-    first, *_ = result.stdout.splitlines()
-    assert first.startswith(f"LABEL_{labels[0][0]} ")
 
 
 @pytest.mark.slow

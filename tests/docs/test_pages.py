@@ -1,11 +1,14 @@
-"""The code of every page: Python runs as it is written, block after block; commands have the options given there."""
+"""The code of every page: Python runs as it is written, and commands smaller, in the page's order; commands have the
+options given there."""
 
 from __future__ import annotations
 
 import importlib
-import json
 import re
+import runpy
 import shlex
+import shutil
+import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -16,7 +19,8 @@ import pytest
 import torch
 import transformers
 import typer
-from torchvision.transforms.functional import to_pil_image
+from PIL import Image
+from typer.testing import CliRunner
 
 import dfine_plugin
 from dfine_plugin import FDRHead, is_wrapped, load_pretrained, registry, weighting_function, wrap_decoder
@@ -26,23 +30,59 @@ from dfine_plugin.benchmarks.trained_hosts import TRAINED, load_trained
 from dfine_plugin.commands import app as dfine_plugin_app
 
 from ..adapters.detrex_hosts import missing
+from ..coco_folder import SIDE, write_coco
 
 ROOT = Path(__file__).parents[2]
 DOCS = sorted(page.name for page in (ROOT / "docs").glob("*.md"))
-PAGES = ["README.md", "CONTRIBUTING.md", "projects/README.md", *(f"docs/{name}" for name in DOCS)]
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "projects/README.md",
+    "benchmarks/results/README.md",
+    *(f"docs/{name}" for name in DOCS),
+]
 HOST = TRAINED / "rt-detr"
-SIDE = 96
-ELSEWHERE = {
-    "docs/ship.md": "tests/commands/test_export.py runs it, without torch",
-    "docs/lora.md": "wants peft's own hosts: test_lora",
+LEFT_OUT = {
+    "pip install": "the packages are those of this environment",
+    "pre-commit install": "it changes the checkout",
+    "pytest": "it runs this test",
+    ".ci/run": "it runs this test",
+    "CONFIGS=": "wants detrex: tests/projects/test_train_net.py runs its trainer",
+    "python tools/train_net.py": "wants detrex: tests/projects/test_train_net.py",
+    "python -O tools/train_net.py": "wants detrex: tests/projects/test_train_net.py",
+    "PYTHONPATH=. dfine-plugin export": "wants a run of detrex: tests/projects/test_checkpoints.py",
+    "python -m dfine_plugin.projects.paper_rows": "wants detrex and COCO: tests/projects/test_paper_rows.py",
+    "python -m dfine_plugin.benchmarks": "minutes to hours: tests/benchmarks run each command, small",
+    "python examples/uncertainty.py": "wants the models of a benchmark: tests/examples/test_uncertainty.py",
+    "dfine-plugin build-engine": "a T4's engine of half a minute: tests/export/test_engine.py",
+    "dfine-plugin export --model wrapped --image-size 640 --precision fp16": "tests/commands/test_export.py",
 }
-"""Pages whose Python is run by a test of its own."""
+"""How commands begin that are not run here, and why; they are checked by their options."""
+
+SMALL = {"640": str(SIDE), "300": "20", "BCCD": "my-data"}
+"""Words of commands that give way to others: the small host has neither time for 640 pixels nor 300 detections."""
 
 
 def blocks(page: str, language: str) -> list[str]:
     """The page's blocks of code in a language, without the indentation that lists give them."""
-    found = re.findall(rf"^( *)```{language}\n(.*?)^ *```", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
-    return [re.sub(rf"^{indent}", "", code, flags=re.MULTILINE) for indent, code in found]
+    return [code for found, code in all_blocks(page) if found == language]
+
+
+def all_blocks(page: str) -> list[tuple[str, str]]:
+    """The page's blocks of Python and of shell in their order, each with its language."""
+    found = re.findall(r"^( *)```(python|bash)\n(.*?)^ *```", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
+    return [(language, re.sub(rf"^{indent}", "", code, flags=re.MULTILINE)) for indent, language, code in found]
+
+
+def commands(page: str) -> list[list[str]]:
+    """The commands of a page's blocks of shell, word by word."""
+    return split_commands("\n".join(blocks(page, "bash")))
+
+
+def split_commands(code: str) -> list[list[str]]:
+    lines = code.replace("\\\n", " ").splitlines()
+    parts = (part for line in lines for part in line.split("  #")[0].split("&&"))
+    return [words for part in parts if (words := shlex.split(part, comments=True))]
 
 
 def smaller(code: str) -> str:
@@ -54,8 +94,25 @@ def is_detrex(code: str) -> bool:
     return "detectron2" in code
 
 
-def own_python(page: str) -> list[str]:
-    return [code for code in blocks(page, "python") if not is_detrex(code)]
+def is_snippet(code: str) -> bool:
+    """Whether the block is a part of an example, which has a test of its own."""
+    return code.startswith("--8<--")
+
+
+def own_blocks(page: str) -> list[tuple[str, str]]:
+    """What of a page is run: blocks of Python, and commands that are not left out."""
+    found = []
+    for language, code in all_blocks(page):
+        if language == "python" and not is_detrex(code) and not is_snippet(code):
+            found.append((language, code))
+        elif language == "bash":
+            found += [("bash", shlex.join(words)) for words in split_commands(code) if left_out(words) is None]
+    return found
+
+
+def left_out(words: list[str]) -> str | None:
+    """How the command begins, if it is one of those that are not run."""
+    return next((start for start in LEFT_OUT if " ".join(words).startswith(start)), None)
 
 
 @pytest.fixture
@@ -63,6 +120,11 @@ def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str,
     """What the pages take for given, in an empty folder; the small trained host is what the hub has."""
     monkeypatch.chdir(tmp_path)
     write_coco(tmp_path / "my-data")
+    photo = Image.open(tmp_path / "my-data" / "images" / "val-1.png").resize((300, 200))
+    for name in ("photo.jpg", "my-data/images/1.jpg"):
+        photo.save(tmp_path / name)
+    wrap_decoder(load_trained("rt-detr")).save_pretrained(tmp_path / "wrapped")
+    shutil.copy(HOST / "preprocessor_config.json", tmp_path / "wrapped")
     load = transformers.RTDetrForObjectDetection.from_pretrained
 
     def from_hub(name: Any, **arguments: Any) -> Any:
@@ -88,6 +150,7 @@ def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str,
         "host": load_trained("rt-detr"),
         "model": load_trained("rt-detr"),
         "initial_boxes": boxes,
+        "fresh_host": load_trained("rt-detr"),
         "logits": torch.zeros(1, 4, len(weighting_function(32, 0.5, 0.25))),
         "last_layers_pairs": [pair],
         "first_layers_pairs": [pair],
@@ -95,22 +158,51 @@ def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str,
     registry._registered.pop("my_package.models.MyDetr", None)  # the one of the page on new hosts
 
 
-def write_coco(folder: Path) -> None:
-    """A data set of shapes as a COCO-format folder."""
-    (folder / "images").mkdir(parents=True)
-    for seed, split in enumerate(("train", "val")):
-        data = make_shapes(8, SIDE, seed=seed)
-        for image, pixels in zip(data.coco["images"], data.images, strict=True):
-            image["file_name"] = f"{split}-{image['id']}.png"
-            to_pil_image(pixels).save(folder / "images" / image["file_name"])
-        (folder / f"instances_{split}.json").write_text(json.dumps({"info": {}, **data.coco}))
+def run_command(words: list[str], patch: pytest.MonkeyPatch) -> None:
+    """A command as its shell would run it, on less."""
+    words = [SMALL.get(word, word) for word in words]
+    if words[0] == "dfine-plugin":
+        result = CliRunner().invoke(dfine_plugin_app, words[1:])
+        assert result.exit_code == 0, (words, result.output)
+    else:
+        assert words[0] == "python"
+        script = ROOT / words[1]
+        if words[1] in ("examples/fine_tune.py", "examples/lora.py"):
+            words += ["--host", str(HOST), "--steps", "2"]
+        patch.syspath_prepend(script.parent)
+        patch.setattr(sys, "argv", words[1:])
+        code: Any = None
+        try:
+            runpy.run_path(str(script), run_name="__main__")
+        except SystemExit as exited:
+            code = exited.code
+        assert not code, words
+    if "--output" in words:
+        assert Path(words[words.index("--output") + 1]).exists()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [page for page in PAGES if own_python(page) and page not in ELSEWHERE])
-def test_python_runs_as_it_is_written(page: str, names: dict[str, Any]) -> None:
-    for code in own_python(page):
-        exec(compile(smaller(code), page, "exec"), names)
+@pytest.mark.parametrize("page", [page for page in PAGES if own_blocks(page)])
+def test_code_runs_as_it_is_written(page: str, names: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    for language, code in own_blocks(page):
+        if language == "python":
+            exec(compile(smaller(code), page, "exec"), names)
+        else:
+            run_command(shlex.split(code), monkeypatch)
+
+
+def test_examples_that_pages_show_are_tested() -> None:
+    shown = {code for page in PAGES for code in blocks(page, "python") if is_snippet(code)}
+    assert shown
+    for snippet in shown:
+        (name, region) = re.fullmatch(r"--8<--\nexamples/(\w+)\.py:(\w+)\n--8<--\n", snippet).groups()
+        source = (ROOT / "examples" / f"{name}.py").read_text()
+        assert source.count(f"# --8<-- [start:{region}]") == source.count(f"# --8<-- [end:{region}]") == 1
+        assert (ROOT / "tests" / "examples" / f"test_{name}.py").is_file()
+
+
+def test_commands_that_are_left_out_are_on_a_page() -> None:
+    assert {left_out(words) for page in PAGES for words in commands(page)} - {None} == LEFT_OUT.keys()
 
 
 @pytest.mark.slow
@@ -143,31 +235,29 @@ def test_lazy_configs_are_as_they_are_written(page: str) -> None:
         assert found["model"]["_target_"] in (wrap_decoder, found.get("wrap_trained"))
 
 
-def commands(page: str) -> list[list[str]]:
-    """The commands of a page's blocks of shell, word by word."""
-    lines = "\n".join(blocks(page, "bash")).replace("\\\n", " ").splitlines()
-    parts = (part for line in lines for part in line.split("  #")[0].split("&&"))
-    return [words for part in parts if (words := shlex.split(part, comments=True))]
-
-
 def find_command(words: list[str]) -> tuple[Any, list[str]] | None:
-    """The command of this package among the words, and what it is given."""
+    """The command of this package among the words, and what it is given; of examples those that are not run."""
     while words and "=" in words[0]:  # an environment variable
         words = words[1:]
     if not words:
         return None
     if words[0] == "dfine-plugin":
         group, words = typer.main.get_command(dfine_plugin_app), words[1:]
+    elif words[0] == "python" and words[1].startswith("examples/") and left_out(words):
+        group, words = as_command(runpy.run_path(str(ROOT / words[1]))["main"]), words[2:]
     elif words[:2] == ["python", "-m"] and words[2].startswith("dfine_plugin."):
         module, words = importlib.import_module(words[2]), words[3:]
-        app = getattr(module, "app", None) or typer.Typer()
-        if not hasattr(module, "app"):
-            app.command()(module.main)
-        group = typer.main.get_command(app)
+        group = typer.main.get_command(module.app) if hasattr(module, "app") else as_command(module.main)
     else:
         return None
     subcommands = getattr(group, "commands", None)
     return (subcommands[words[0]], words[1:]) if subcommands else (group, words)
+
+
+def as_command(main: Any) -> Any:
+    app = typer.Typer()
+    app.command()(main)
+    return typer.main.get_command(app)
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "bash")])
