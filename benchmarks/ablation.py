@@ -23,7 +23,7 @@ import typer
 from rich.console import Console
 
 from dfine_plugin.benchmarks.hosts import HOSTS
-from dfine_plugin.benchmarks.options import check_data, check_device_name, check_host_takes
+from dfine_plugin.benchmarks.options import check_data, check_device_name, check_fair_baseline, check_host_takes
 from dfine_plugin.benchmarks.runs import RunSettings, write_json
 from dfine_plugin.benchmarks.scheduling import Cluster, run_all
 from dfine_plugin.benchmarks.variants import BASELINE, DEFAULT_VARIANTS, parse_variants
@@ -103,6 +103,7 @@ def main(
     console = Console()
     if host not in HOSTS:
         raise typer.BadParameter(f"{host!r} is not one of {', '.join(HOSTS)}", param_hint="--host")
+    check_fair_baseline(host)
     check_host_takes(host, image_size, RunSettings.num_queries)
     check_data(data)
     if HOSTS[host].calls_cuda and device == "cpu":

@@ -23,7 +23,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from dfine_plugin.benchmarks.options import check_data, check_device_name, check_host_takes
+from dfine_plugin.benchmarks.options import check_data, check_device_name, check_fair_baseline, check_host_takes
 from dfine_plugin.benchmarks.paired import PairedDifference, paired_difference
 from dfine_plugin.benchmarks.report import (
     METRICS,
@@ -153,6 +153,7 @@ def main(
     if image_size is None or lr is None:
         raise typer.BadParameter("a host of your own has no defaults: say --image-size and --lr")
     host = config["model_type"]
+    check_fair_baseline(host)
     check_host_takes(host.replace("_", "-"), image_size, RetrofitSettings.num_queries)
     check_data(data)
     settings = RetrofitSettings(
