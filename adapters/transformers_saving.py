@@ -59,6 +59,8 @@ class WrappedConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The host's, the settings, and what stops other loaders."""
+        if not hasattr(self, SETTINGS):  # transformers makes one by its class, to see what the defaults are
+            return super().to_dict()  # type: ignore[misc]
         return {**super().to_dict(), SETTINGS: getattr(self, SETTINGS), _WEIGHTS: NO_FILE}  # type: ignore[misc]
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
