@@ -25,6 +25,7 @@ from transformers.utils.hub import get_checkpoint_shard_files
 from dfine_plugin import __version__
 from dfine_plugin.config import FDRConfig
 from dfine_plugin.wrapping import binding_of, deploy, wrap_decoder
+from dfine_plugin.writing import written_whole
 
 from .common import Host
 
@@ -68,7 +69,8 @@ class WrappedConfig:
         super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
         card = Path(save_directory) / "README.md"
         if not card.exists():
-            card.write_text(_model_card(getattr(self, SETTINGS), self.host))  # type: ignore[attr-defined]
+            with written_whole(card) as part:
+                part.write_text(_model_card(getattr(self, SETTINGS), self.host))  # type: ignore[attr-defined]
 
     def __copy__(self) -> PretrainedConfig:
         return _view(copy.copy(self.host), dict(getattr(self, SETTINGS)))  # type: ignore[attr-defined]

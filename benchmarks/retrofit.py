@@ -35,7 +35,7 @@ from dfine_plugin.benchmarks.report import (
     variants_of,
     verdict_of,
 )
-from dfine_plugin.benchmarks.runs import Result, RetrofitSettings, write_json
+from dfine_plugin.benchmarks.runs import Result, RetrofitSettings, write_json, write_text
 from dfine_plugin.benchmarks.scheduling import run_all
 from dfine_plugin.benchmarks.trained_hosts import IMAGE_SIZE, STEPS, facts, find_trained
 from dfine_plugin.benchmarks.variants import BASELINE, parse_variants
@@ -188,7 +188,7 @@ def write_report(results: Sequence[Result], failures: Sequence[str], output: Pat
     from dfine_plugin.benchmarks.plots import plot_ap_over_steps
 
     table = markdown(results, failures)
-    (output / "retrofit.md").write_text(table)
+    write_text(output / "retrofit.md", table)
     command = shlex.join(["python", "-m", "dfine_plugin.benchmarks.retrofit", *sys.argv[1:]])
     write_json(output / "retrofit.json", figures(results, command, None, failures))
     plot_ap_over_steps(results, output / "ap_over_steps.png")
