@@ -30,7 +30,7 @@ def lively(host: Host, seed: int) -> nn.Module:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "bbox_embed" in name:
-                spread = 0.3 * min(1.0, (32 / parameter.shape[-1]) ** 0.5)
+                spread = 0.2 * min(1.0, (32 / parameter.shape[-1]) ** 0.5)
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * spread)
     return model
 
