@@ -33,6 +33,11 @@ def four(centres_or_boxes: Tensor) -> Tensor:
     return F.pad(centres_or_boxes, (0, 2)) if centres_or_boxes.shape[-1] == 2 else centres_or_boxes
 
 
+def finite_logits(reference: Tensor) -> Tensor:
+    """A reference whose logits the model can take: in float16 its ``isig`` of 1 divides by 1e-5, which is infinite."""
+    return reference.clamp(max=1 - torch.finfo(torch.float16).eps) if reference.dtype == torch.float16 else reference
+
+
 class RecordedBoxHead(nn.Module):
     """In place of the model's box head of one level: the level's refined box, as the delta the model expects.
 

@@ -23,8 +23,8 @@ import typer
 from rich.console import Console
 
 from dfine_plugin.benchmarks.hosts import HOSTS
-from dfine_plugin.benchmarks.options import check_data, check_device_name, check_host_takes
-from dfine_plugin.benchmarks.runs import RunSettings, write_json
+from dfine_plugin.benchmarks.options import check_data, check_device_name, check_fair_baseline, check_host_takes
+from dfine_plugin.benchmarks.runs import RunSettings, write_json, write_text
 from dfine_plugin.benchmarks.scheduling import Cluster, run_all
 from dfine_plugin.benchmarks.variants import BASELINE, DEFAULT_VARIANTS, parse_variants
 
@@ -103,6 +103,7 @@ def main(
     console = Console()
     if host not in HOSTS:
         raise typer.BadParameter(f"{host!r} is not one of {', '.join(HOSTS)}", param_hint="--host")
+    check_fair_baseline(host)
     check_host_takes(host, image_size, RunSettings.num_queries)
     check_data(data)
     if HOSTS[host].calls_cuda and device == "cpu":
@@ -167,7 +168,7 @@ def write_report(
     command = shlex.join(["python", "-m", "dfine_plugin.benchmarks.ablation", *sys.argv[1:]])
     table = markdown(results, failures)
     output.mkdir(parents=True, exist_ok=True)
-    (output / "ablation.md").write_text(table)
+    write_text(output / "ablation.md", table)
     write_json(output / "ablation.json", figures(results, command, tuning, failures))
     plot_ap_over_steps(results, output / "ap_over_steps.png")
     plot_ap_per_threshold(results, output / "ap_per_threshold.png")

@@ -18,6 +18,7 @@ from rich.console import Console
 from dfine_plugin.benchmarks import progress
 from dfine_plugin.benchmarks.runs import Result, RunSettings, save_run
 from dfine_plugin.installing import install_hint
+from dfine_plugin.writing import written_whole
 
 LOCAL = "local"
 """In place of a cluster's address: a cluster of this machine alone, for this command alone."""
@@ -106,7 +107,10 @@ def _train(run: RunSettings, messages: Any, keep_model: bool) -> tuple[Result, F
 
 
 def _write(folder: Path, files: Files) -> None:
-    for name, content in files.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
+    """The one checkpoint that the files are of."""
+    (name,) = {file.partition("/")[0] for file in files}
+    with written_whole(folder / name) as part:
+        for file, content in files.items():
+            path = part.parent / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)

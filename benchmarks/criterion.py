@@ -20,6 +20,7 @@ from rich.table import Table
 
 from dfine_plugin.benchmarks.options import check_device_name, find_device
 from dfine_plugin.benchmarks.runs import write_json
+from dfine_plugin.writing import written_whole
 
 if TYPE_CHECKING:
     import torch
@@ -117,7 +118,8 @@ def _report(rows: list[dict[str, Any]], sizes: Sizes, device: torch.device, outp
     axes.set_ylabel("seconds, forward and backward")
     axes.legend()
     figure.tight_layout()
-    figure.savefig(output / "criterion.png", dpi=120)
+    with written_whole(output / "criterion.png") as part:
+        figure.savefig(part, dpi=120)
     console.print(table)
     console.print(f"{about}; written to {output}: criterion.json, criterion.png")
 

@@ -39,7 +39,7 @@ from rich.console import Console
 from dfine_plugin.benchmarks.backends import BACKENDS, LOWERED, PRECISIONS
 from dfine_plugin.benchmarks.full_size_hosts import HOSTS
 from dfine_plugin.benchmarks.options import check_data, check_device_name, check_host_takes, find_device
-from dfine_plugin.benchmarks.runs import Result, write_json
+from dfine_plugin.benchmarks.runs import Result, write_json, write_text
 from dfine_plugin.errors import DFinePluginError
 from dfine_plugin.targets import BACKENDS as ENGINE_BACKENDS
 
@@ -239,7 +239,7 @@ def write_report(result: Result, output: Path, console: Console) -> None:
 
     table = latency_markdown(result)
     write_json(output / "latency.json", result)
-    (output / "latency.md").write_text(table)
+    write_text(output / "latency.md", table)
     plot_runs(result, output / "latency.png")
     written = ["latency.json", "latency.md", "latency.png"]
     if any(row["AP"] is not None for row in result["rows"]):

@@ -23,6 +23,7 @@ from rich.console import Console
 from dfine_plugin.benchmarks.full_size_hosts import HOSTS
 from dfine_plugin.benchmarks.options import check_host_takes
 from dfine_plugin.benchmarks.report import table_header, table_row
+from dfine_plugin.benchmarks.runs import write_text
 
 MADE = "(onnxruntime's own) "
 
@@ -55,7 +56,7 @@ def main(
     machine = describe_machine({"environment": environment(torch.device("cpu")), "gpu": None})
     table += f"\n{host}, {image_size}x{image_size}, batch 1, {runs} runs after {warmup} of warm-up. {machine}.\n"
     output.mkdir(parents=True, exist_ok=True)
-    (output / "profile.md").write_text(table)
+    write_text(output / "profile.md", table)
     Console().print(table, markup=False, soft_wrap=True)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,9 @@ from dfine_plugin.image_sizes import RT_DETR_STRIDES, check_image_size
 if TYPE_CHECKING:
     import torch
 
+FAIR_BASELINES = "5.18.0"
+"""The first release of transformers whose main loss leaves RT-DETR's denoising queries out (its pull request 48528)."""
+
 
 def check_host_takes(host: str, side: int, num_queries: int = 300) -> None:
     """Refuse square images that a host of the benchmarks cannot take; those of full size have 300 queries."""
@@ -21,6 +25,22 @@ def check_host_takes(host: str, side: int, num_queries: int = 300) -> None:
         check_image_size((side, side), RT_DETR_STRIDES if host.startswith("rt-detr") else (), num_queries)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--image-size") from error
+
+
+def check_fair_baseline(host: str) -> None:
+    """Refuse RT-DETR of a transformers before :data:`FAIR_BASELINES`.
+
+    There the last layer's truths are matched with denoising queries, too: what inference uses learns from few of them.
+    A wrapped model's loss parts the two whatever the release, so that a comparison would credit the wrap with that.
+    """
+    from packaging.version import Version
+
+    found = version("transformers")
+    if host.replace("_", "-").startswith("rt-detr") and Version(found) < Version(FAIR_BASELINES):
+        raise typer.BadParameter(
+            f"transformers {found} matches {host}'s denoising queries in its main loss, which makes a weak baseline: "
+            f"pip install 'transformers>={FAIR_BASELINES}'"
+        )
 
 
 def check_device_name(device: str | None) -> str | None:

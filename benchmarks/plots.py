@@ -13,6 +13,7 @@ from dfine_plugin.benchmarks.evaluation import IOU_THRESHOLDS
 from dfine_plugin.benchmarks.report import variants_of
 from dfine_plugin.benchmarks.runs import Result
 from dfine_plugin.benchmarks.variants import BASELINE
+from dfine_plugin.writing import written_whole
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -37,7 +38,8 @@ def plot_ap_over_steps(results: Sequence[Result], path: Path) -> None:
     axes.set_title(_title(results), fontsize=10)
     axes.legend()
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
+    with written_whole(path) as part:
+        figure.savefig(part, dpi=150)
     plt.close(figure)
 
 
@@ -64,7 +66,8 @@ def plot_ap_per_threshold(results: Sequence[Result], path: Path) -> None:
     top.legend()
     for axes in (top, bottom):
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
+    with written_whole(path) as part:
+        figure.savefig(part, dpi=150)
     plt.close(figure)
 
 
@@ -82,7 +85,8 @@ def plot_robustness(scores: Mapping[str, Mapping[str, Mapping[int, float]]], pat
         axes.grid(alpha=0.3)
     np.atleast_1d(rows)[0].set_ylabel("AP (band: one standard deviation)")
     np.atleast_1d(rows)[-1].legend(fontsize=8)
-    figure.savefig(path, dpi=150)
+    with written_whole(path) as part:
+        figure.savefig(part, dpi=150)
     plt.close(figure)
 
 
@@ -104,7 +108,8 @@ def plot_uncertainty(result: Result, path: Path) -> None:
         axes.grid(alpha=0.3)
     left.legend(fontsize=7)
     figure.suptitle(f"deviations of edges on {Path(result['settings']['data']).name}", fontsize=10)
-    figure.savefig(path, dpi=150)
+    with written_whole(path) as part:
+        figure.savefig(part, dpi=150)
     plt.close(figure)
 
 
@@ -124,7 +129,8 @@ def plot_runs(latencies: Result, path: Path) -> None:
     axes.set(xlabel="round", ylabel="ms (line: median)", title=_latency_title(latencies), ylim=(0, None))
     figure.legend(fontsize=8, loc="outside right upper")
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
+    with written_whole(path) as part:
+        figure.savefig(part, dpi=150)
     plt.close(figure)
 
 
@@ -139,7 +145,8 @@ def plot_ap_over_latency(latencies: Result, path: Path) -> None:
     axes.set(xlabel="ms (bar: to the 95th percentile)", ylabel="AP", title=_latency_title(latencies), xlim=(0, None))
     figure.legend(fontsize=8, loc="outside right upper")
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
+    with written_whole(path) as part:
+        figure.savefig(part, dpi=150)
     plt.close(figure)
 
 

@@ -23,7 +23,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from dfine_plugin.benchmarks.options import check_data, check_device_name, check_host_takes
+from dfine_plugin.benchmarks.options import check_data, check_device_name, check_fair_baseline, check_host_takes
 from dfine_plugin.benchmarks.paired import PairedDifference, paired_difference
 from dfine_plugin.benchmarks.report import (
     METRICS,
@@ -35,7 +35,7 @@ from dfine_plugin.benchmarks.report import (
     variants_of,
     verdict_of,
 )
-from dfine_plugin.benchmarks.runs import Result, RetrofitSettings, write_json
+from dfine_plugin.benchmarks.runs import Result, RetrofitSettings, write_json, write_text
 from dfine_plugin.benchmarks.scheduling import run_all
 from dfine_plugin.benchmarks.trained_hosts import IMAGE_SIZE, STEPS, facts, find_trained
 from dfine_plugin.benchmarks.variants import BASELINE, parse_variants
@@ -153,6 +153,7 @@ def main(
     if image_size is None or lr is None:
         raise typer.BadParameter("a host of your own has no defaults: say --image-size and --lr")
     host = config["model_type"]
+    check_fair_baseline(host)
     check_host_takes(host.replace("_", "-"), image_size, RetrofitSettings.num_queries)
     check_data(data)
     settings = RetrofitSettings(
@@ -187,7 +188,7 @@ def write_report(results: Sequence[Result], failures: Sequence[str], output: Pat
     from dfine_plugin.benchmarks.plots import plot_ap_over_steps
 
     table = markdown(results, failures)
-    (output / "retrofit.md").write_text(table)
+    write_text(output / "retrofit.md", table)
     command = shlex.join(["python", "-m", "dfine_plugin.benchmarks.retrofit", *sys.argv[1:]])
     write_json(output / "retrofit.json", figures(results, command, None, failures))
     plot_ap_over_steps(results, output / "ap_over_steps.png")

@@ -22,7 +22,7 @@ from rich.progress import track
 from dfine_plugin.benchmarks.options import check_device_name, find_device
 from dfine_plugin.benchmarks.paired import PairedDifference, paired_difference
 from dfine_plugin.benchmarks.report import table_header, table_row
-from dfine_plugin.benchmarks.runs import Result, RunSettings, find_model, write_json
+from dfine_plugin.benchmarks.runs import Result, RunSettings, find_model, write_json, write_text
 from dfine_plugin.benchmarks.variants import BASELINE
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def main(
             metrics = coco_metrics(detect(model, spoilt, batch_size, where), data.coco, data.sides)
             scores.setdefault(condition, {}).setdefault(settings.variant, {})[settings.seed] = metrics["AP"]
     table = markdown(scores, f"{first.host} on {Path(first.data).name}")
-    (folder / "robustness.md").write_text(table)
+    write_text(folder / "robustness.md", table)
     command = shlex.join(["python", "-m", "dfine_plugin.benchmarks.robustness", *sys.argv[1:]])
     write_json(folder / "robustness.json", summary(scores, command))
     plot_robustness(scores, folder / "robustness.png")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from dfine_plugin.writing import written_whole
 
 Result = dict[str, Any]
 
@@ -106,18 +107,20 @@ def save_model(folder: Path, settings: RunSettings, model: Any) -> None:
     """Keep a run's model as the folder that transformers' `save_pretrained` writes, preprocessing included."""
     from transformers import RTDetrImageProcessor
 
-    path = folder / settings.key()
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    model.save_pretrained(part)
     # Whatever the host: squares, scaled as detection_data.normalise does.
     size = {"height": settings.image_size, "width": settings.image_size}
-    RTDetrImageProcessor(size=size, do_normalize=True, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(part)
-    part.replace(path)
+    processor = RTDetrImageProcessor(size=size, do_normalize=True, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    with written_whole(folder / settings.key()) as part:
+        model.save_pretrained(part)
+        processor.save_pretrained(part)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write atomically: a reader, or a stop in between, never meets half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(json.dumps(content, indent=1))
-    part.replace(path)
+    """Write whole: a reader, or a stop in between, never meets half a file."""
+    write_text(path, json.dumps(content, indent=1))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write whole, as :func:`write_json` does."""
+    with written_whole(path) as part:
+        part.write_text(text)

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import track
 
 from dfine_plugin.benchmarks.options import check_data, check_device_name, find_device, name_and_path
-from dfine_plugin.benchmarks.runs import Result, write_json
+from dfine_plugin.benchmarks.runs import Result, write_json, write_text
 
 if TYPE_CHECKING:
     from dfine_plugin.benchmarks.detection_data import DetectionData
@@ -124,7 +124,7 @@ def write_report(result: Result, output: Path, console: Console) -> None:
 
     table = markdown(result)
     write_json(output / "uncertainty.json", result)
-    (output / "uncertainty.md").write_text(table)
+    write_text(output / "uncertainty.md", table)
     plot_uncertainty(result, output / "uncertainty.png")
     console.print(table, markup=False, soft_wrap=True)
     console.print(f"written to {output}: uncertainty.md, uncertainty.json, uncertainty.png")

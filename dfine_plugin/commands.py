@@ -258,6 +258,7 @@ def show(
 
     from .show import draw_detections, read_detections
     from .wrapping import predict_distributions
+    from .writing import written_whole
 
     picture = _picture(image, "--image")
     checkpoint = _open(model, image_size, trust)
@@ -270,8 +271,8 @@ def show(
         typer.echo(f"no detection reaches a score of {threshold}; the best has {found[0].score:.3f}", err=True)
         raise typer.Exit(1)
     figure = draw_detections(np.asarray(picture), detections, detailed=top, all_layers=layers is Layers.all)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=dpi)
+    with _told("--output"), written_whole(output) as part:
+        figure.savefig(part, dpi=dpi)
     typer.echo(f"{len(detections)} of score {threshold} or above, {min(top, len(detections))} in detail: {output}")
     for number, detection in enumerate(detections[:top], start=1):
         typer.echo(f"{number} {detection}")

@@ -69,7 +69,8 @@ class FDRDeformableDetrDecoder(host.DeformableDetrDecoder):
                 state = self.fdr.start(initial_boxes)
                 record = FDRRecord(self.fdr.weights, initial_boxes)
             state = self.fdr(index, hidden_states, state)
-            record.reference_logits.append(recomputed_boxes.four(host.inverse_sigmoid(reference)))
+            added = references[-1] if references else reference  # by the model, to what its box head gives
+            record.reference_logits.append(recomputed_boxes.four(host.inverse_sigmoid(added)))
             record.corner_logits.append(state.corner_logits)
             record.boxes.append(state.boxes)
             quality = self.fdr.quality_logits(index, state.probabilities)
@@ -77,7 +78,7 @@ class FDRDeformableDetrDecoder(host.DeformableDetrDecoder):
                 record.quality_logits.append(quality)
             reference = state.boxes.detach().to(reference.dtype)
             hidden.append(hidden_states)
-            references.append(reference)
+            references.append(recomputed_boxes.finite_logits(reference))
 
         leave_record(record)
         if self.deployed:

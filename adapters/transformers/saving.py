@@ -25,6 +25,7 @@ from transformers.utils.hub import get_checkpoint_shard_files
 from dfine_plugin import __version__
 from dfine_plugin.config import FDRConfig
 from dfine_plugin.wrapping import binding_of, deploy, wrap_decoder
+from dfine_plugin.writing import written_whole
 
 from ..host_parts import Host
 
@@ -56,6 +57,8 @@ class WrappedConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The host's, the settings, and what stops other loaders."""
+        if not hasattr(self, SETTINGS):  # transformers makes one by its class, to see what the defaults are
+            return super().to_dict()  # type: ignore[misc]
         return {**super().to_dict(), SETTINGS: getattr(self, SETTINGS), _WEIGHTS: NO_FILE}  # type: ignore[misc]
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
@@ -63,7 +66,8 @@ class WrappedConfig:
         super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
         card = Path(save_directory) / "README.md"
         if not card.exists():
-            card.write_text(_model_card(getattr(self, SETTINGS), self.host))  # type: ignore[attr-defined]
+            with written_whole(card) as part:
+                part.write_text(_model_card(getattr(self, SETTINGS), self.host))  # type: ignore[attr-defined]
 
     def __copy__(self) -> PretrainedConfig:
         return _view(copy.copy(self.host), dict(getattr(self, SETTINGS)))  # type: ignore[attr-defined]

@@ -14,6 +14,7 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
 from ..targets import BACKENDS, compute_capability
+from ..writing import written_whole
 from .precision import PRECISIONS
 
 
@@ -78,8 +79,8 @@ def build_engine(
     if engine is None:
         raise RuntimeError(f"{backend} cannot build {onnx_path} for {target}: {'; '.join(logger.errors)}")
     seconds = time.perf_counter() - start
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_bytes(memoryview(engine))
+    with written_whole(Path(path)) as part:
+        part.write_bytes(memoryview(engine))
     return EngineSummary(
         Path(path), backend, trt.__version__, target, precision, engine.nbytes, network.num_layers, seconds
     )

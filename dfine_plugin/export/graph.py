@@ -19,6 +19,7 @@ from .. import __version__
 from ..errors import WrapStateError
 from ..registry import find_adapter
 from ..wrapping import binding_of, deploy
+from ..writing import written_whole
 from .postprocess import DetectorWithDeviations, DetectorWithPostprocess
 from .precision import to_precision
 from .static_sizes import static_sizes
@@ -103,8 +104,8 @@ def export_onnx(
         **(metadata or {}),
     }
     exported.metadata_props.update({key: json.dumps(value) for key, value in about.items()})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    ir.save(exported, path)
+    with written_whole(path) as part:
+        ir.save(exported, part)
     return path
 
 

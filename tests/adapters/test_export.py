@@ -1,6 +1,7 @@
 """A deployed model under torch.compile, torch.export and ONNX, over every host; bare hosts export, too."""
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,11 @@ def run(path: Path, inputs: Tensor) -> list[np.ndarray]:
     return session.run(None, {"images": inputs.numpy()})
 
 
+def compile_whole(model: nn.Module) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    """What detects, in one graph."""
+    return torch.compile(find_adapter(model).detector(model), fullgraph=True, backend="eager")
+
+
 @pytest.mark.parametrize("num_layers", [None, FEWER])
 def test_a_deployed_model_compiles_without_graph_breaks(host: Host, num_layers: int | None) -> None:
     if "detrex-dn" in host.name:
@@ -44,9 +50,13 @@ def test_a_deployed_model_compiles_without_graph_breaks(host: Host, num_layers: 
     model = deploy(wrapped(host), num_layers).requires_grad_(False)
     inputs = host.pixels(images(2))
     torch._dynamo.reset()
-    compiled = torch.compile(find_adapter(model).detector(model), fullgraph=True, backend="eager")
     with torch.no_grad(), static_sizes():
-        found = compiled(inputs)
+        try:
+            found = compile_whole(model)(inputs)
+        except torch._dynamo.exc.Unsupported as error:  # of transformers' own code, in early releases of torch
+            with pytest.raises(torch._dynamo.exc.Unsupported):
+                compile_whole(build(host))(inputs)
+            pytest.skip(f"the bare host cannot: {error}")
     for one, other in zip(found, expected(model, inputs), strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-6)
 

@@ -240,7 +240,10 @@ def stored_head(seed: int = 0) -> FDRHead:
     return make_head(seed, a=0.3, c=0.2, weighting="uniform", residual_scale=8.1)
 
 
-@pytest.mark.parametrize("change", [FDRHead.half, FDRHead.double, lambda head: head.to("meta"), copy.deepcopy], ids=str)
+CHANGES = [FDRHead.half, FDRHead.double, lambda head: head.to("meta"), copy.deepcopy]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=["half", "double", "meta", "copy"])
 def test_settings_in_the_state_dict_survive_what_befalls_a_head(change: Any) -> None:
     """Casts, moves and copies leave them as they are, and every copy loads into the head it came from."""
     weights = change(stored_head()).state_dict()

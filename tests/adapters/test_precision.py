@@ -1,0 +1,119 @@
+"""Half precision over the hosts of transformers: errors of autocast are the host's own, and a step that overflows."""
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from statistics import median
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from dfine_plugin import wrap_decoder
+
+from .hosts import Host, build, images, labels, randomise_fdr, wrapped
+
+DTYPES = [pytest.param(torch.float16, id="float16"), pytest.param(torch.bfloat16, id="bfloat16")]
+SEEDS = range(5)
+
+
+@pytest.fixture
+def host(transformers_host: Host) -> Host:
+    return transformers_host
+
+
+def lively(host: Host, seed: int) -> nn.Module:
+    """A bare host whose boxes depend on its hidden states as much as a wrapped one's do."""
+    model = build(host, seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "bbox_embed" in name:
+                spread = 0.2 * min(1.0, (32 / parameter.shape[-1]) ** 0.5)
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * spread)
+    return model
+
+
+@torch.no_grad()
+def in_both(host: Host, model: nn.Module, seed: int, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
+    """Boxes and all terms of the loss, in float32 and under autocast."""
+    for context in (nullcontext(), torch.autocast("cpu", dtype=dtype)):
+        torch.manual_seed(5)  # of denoising queries
+        with context:
+            outputs = model.train()(images(seed=seed), labels=labels(seed=seed))
+        yield outputs.pred_boxes.float(), torch.stack([term.float() for term in outputs.loss_dict.values()])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_errors_of_autocast_are_the_hosts_own(host: Host, dtype: torch.dtype) -> None:
+    """The median over weights and images of the mean error of boxes is at most twice the bare host's; that of all terms
+    of the loss, over their sum, is at most twice the host's and eight of the precision's units."""
+    errors: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
+    for seed in SEEDS:
+        for is_wrapped in errors:
+            model = lively(host, seed)
+            if is_wrapped:
+                randomise_fdr(host, wrap_decoder(model, host.config()))
+            (boxes, terms), (half_boxes, half_terms) = in_both(host, model, seed, dtype)
+            of_terms = (half_terms - terms).abs().sum() / terms.abs().sum()
+            errors[is_wrapped].append((float((half_boxes - boxes).abs().mean()), float(of_terms)))
+    (host_boxes, host_terms), (boxes, terms) = (map(median, zip(*errors[key], strict=True)) for key in errors)
+    assert 0 < boxes <= 2 * host_boxes
+    assert 0 < terms <= 2 * host_terms + 8 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_autocast_changes_no_distribution_loss_nor_box_loss(host: Host, dtype: torch.dtype) -> None:
+    """On what a model predicts under autocast, these terms there are those of float32, to its rounding: DDF as well,
+    which reads five times its value in the authors' code."""
+    model = wrapped(host).train()
+    loss = model.loss_function
+    found: list[dict[str, Tensor]] = []
+
+    def without_autocast(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = tree_map(lambda x: x.float() if is_floating(x) else x, (args, kwargs))
+        with torch.autocast("cpu", enabled=False):
+            found.append(loss(*args, **kwargs)[1])
+        return loss(*args, **kwargs)
+
+    model.loss_function = without_autocast
+    with torch.no_grad(), torch.autocast("cpu", dtype=dtype):
+        terms = model(images(), labels=labels()).loss_dict
+    (expected,) = found
+    names = [name for name in terms if name.startswith(("loss_fgl", "loss_ddf", "loss_bbox", "loss_giou"))]
+    assert any(name.startswith("loss_ddf") for name in names)
+    for name in names:
+        assert terms[name].dtype == torch.float32
+        torch.testing.assert_close(terms[name], expected[name], rtol=1e-5, atol=1e-7, msg=name)
+
+
+def is_floating(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
+
+
+def test_a_step_that_overflows_changes_nothing_and_the_next_goes_on(host: Host) -> None:
+    """With gradients beyond float16 the scaler leaves out the step and lowers its scale, until one fits."""
+    model = wrapped(host).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, backoff_factor=2.0**-5)
+    steps = []
+    for _ in range(15):
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        scale = scaler.get_scale()
+        with torch.autocast("cpu", dtype=torch.float16):
+            torch.manual_seed(5)
+            loss = model(images(), labels=labels()).loss
+        assert loss.isfinite()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        changed = any(not torch.equal(p, before[name]) for name, p in model.named_parameters())
+        assert changed is (scaler.get_scale() == scale)
+        assert all(p.isfinite().all() for p in model.parameters())
+        steps.append(changed)
+        if sum(steps) == 3:
+            break
+    assert not steps[0]
+    assert steps[-3:] == [True] * 3
