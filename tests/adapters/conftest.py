@@ -13,8 +13,13 @@ _MISSING = detrex_hosts.missing()
 
 
 def _params(detrex: Sequence[Host] = (), transformers: Sequence[Host] = ()) -> list[Any]:
-    marks = [pytest.mark.detrex, pytest.mark.skipif(_MISSING is not None, reason=str(_MISSING))]
-    return [*transformers, *(pytest.param(row, marks=marks) for row in detrex)]
+    marks = [pytest.mark.detrex, _skip_if(_MISSING)]
+    rows = [pytest.param(row, marks=_skip_if(row.missing)) for row in transformers]
+    return [*rows, *(pytest.param(row, marks=marks) for row in detrex)]
+
+
+def _skip_if(missing: str | None) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(missing is not None, reason=str(missing))
 
 
 @pytest.fixture(params=_params(detrex_hosts.HOSTS, transformers_hosts.HOSTS), ids=str)
@@ -23,7 +28,7 @@ def host(request: pytest.FixtureRequest) -> Iterator[Host]:
         yield request.param
 
 
-@pytest.fixture(params=transformers_hosts.HOSTS, ids=str)
+@pytest.fixture(params=_params(transformers=transformers_hosts.HOSTS), ids=str)
 def transformers_host(request: pytest.FixtureRequest) -> Host:
     return request.param
 

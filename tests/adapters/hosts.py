@@ -33,6 +33,8 @@ class Host(ABC):
     """What an FDRConfig for this host must say."""
     checkpointing: bool = False
     """Whether the host supports gradient checkpointing."""
+    missing: str | None = None
+    """Why the host cannot be built here, if so."""
     fixed_references: bool = False
     """Whether all decoder layers attend from the references of the first, and share its box head, which stays."""
 
