@@ -218,7 +218,7 @@ class LwDetrGOLSDLoss:
         losses.update(union_criterion.named_terms(terms, suffixes))
         union_criterion.check_losses(losses)
         weights = {
-            "loss_ce": config.class_loss_coefficient,
+            "loss_ce": getattr(config, "class_loss_coefficient", 1),  # not in all releases
             "loss_bbox": config.bbox_loss_coefficient,
             "loss_giou": config.giou_loss_coefficient,
             "loss_fgl": self.config.fgl_weight,
