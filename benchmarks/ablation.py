@@ -22,11 +22,11 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from dfine_plugin.benchmarks.hosts import HOSTS
+from dfine_plugin.benchmarks.gain.runs import RunSettings, write_json, write_text
+from dfine_plugin.benchmarks.gain.scheduling import Cluster, run_all
+from dfine_plugin.benchmarks.gain.variants import BASELINE, DEFAULT_VARIANTS, parse_variants
+from dfine_plugin.benchmarks.models.hosts import HOSTS
 from dfine_plugin.benchmarks.options import check_data, check_device_name, check_fair_baseline, check_host_takes
-from dfine_plugin.benchmarks.runs import RunSettings, write_json, write_text
-from dfine_plugin.benchmarks.scheduling import Cluster, run_all
-from dfine_plugin.benchmarks.variants import BASELINE, DEFAULT_VARIANTS, parse_variants
 
 LONG_SEEDS = 10
 # The learning rate is tuned with seeds that no comparison uses, as factors of the host's own. With one seed alone a
@@ -162,8 +162,8 @@ def write_report(
     results: list[dict[str, Any]], failures: list[str], tuning: dict[str, Any] | None, output: Path, console: Console
 ) -> None:
     """Write table, figures and plots to `output`, print the table and, last, the gains with their intervals."""
-    from dfine_plugin.benchmarks.plots import plot_ap_over_steps, plot_ap_per_threshold
-    from dfine_plugin.benchmarks.report import closing_lines, figures, markdown
+    from dfine_plugin.benchmarks.gain.plots import plot_ap_over_steps, plot_ap_per_threshold
+    from dfine_plugin.benchmarks.gain.report import closing_lines, figures, markdown
 
     command = shlex.join(["python", "-m", "dfine_plugin.benchmarks.ablation", *sys.argv[1:]])
     table = markdown(results, failures)

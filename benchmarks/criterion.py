@@ -18,14 +18,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from dfine_plugin.benchmarks.gain.runs import write_json
 from dfine_plugin.benchmarks.options import check_device_name, find_device
-from dfine_plugin.benchmarks.runs import write_json
 from dfine_plugin.writing import written_whole
 
 if TYPE_CHECKING:
     import torch
 
-    from dfine_plugin.benchmarks.criterion_steps import Sizes
+    from dfine_plugin.benchmarks.cost.criterion_steps import Sizes
 
 
 def main(
@@ -45,7 +45,7 @@ def main(
     """Time the criterion over truths and batch, alone or in turn with the authors'."""
     batches, counts = _numbers(batch, "--batch"), _numbers(truths, "--truths")
     # from here on torch is needed, which takes seconds to import
-    from dfine_plugin.benchmarks.criterion_steps import (
+    from dfine_plugin.benchmarks.cost.criterion_steps import (
         Sizes,
         check_agreement,
         make_ours,

@@ -15,9 +15,9 @@ selection of detections unless the graph contains it. Wrapped models are deploye
 
 Beside each row stands its parity: confident detections of the very object that was timed, matched with those of the
 model in float32 on the CPU. The weights of `--host` are fresh, and made to tell places apart
-(:func:`~dfine_plugin.benchmarks.settled_hosts.settled_pair`). Their queries still score more alike than a trained
-model's, and in half precision others are selected at the selection's edge, whatever the decoder makes of them. So there
-parity is how many of the best detections are found again, and no verdict.
+(:func:`~dfine_plugin.benchmarks.models.settled_hosts.settled_pair`). Their queries still score more alike than a
+trained model's, and in half precision others are selected at the selection's edge, whatever the decoder makes of them.
+So there parity is how many of the best detections are found again, and no verdict.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from dfine_plugin.benchmarks.backends import BACKENDS, LOWERED, PRECISIONS
-from dfine_plugin.benchmarks.full_size_hosts import HOSTS
+from dfine_plugin.benchmarks.gain.runs import Result, write_json, write_text
+from dfine_plugin.benchmarks.models.full_size_hosts import HOSTS
 from dfine_plugin.benchmarks.options import check_data, check_device_name, check_host_takes, find_device
-from dfine_plugin.benchmarks.runs import Result, write_json, write_text
+from dfine_plugin.benchmarks.speed.backends import BACKENDS, LOWERED, PRECISIONS
 from dfine_plugin.errors import DFinePluginError
 from dfine_plugin.targets import BACKENDS as ENGINE_BACKENDS
 
 if TYPE_CHECKING:
     import torch
 
-    from dfine_plugin.benchmarks.machine import GPUProbe
+    from dfine_plugin.benchmarks.speed.machine import GPUProbe
 
 
 def main(
@@ -105,10 +105,10 @@ def main(
     if data is not None:
         check_data(data, ["val"])
     # from here on torch is needed, which takes seconds to import
-    from dfine_plugin.benchmarks.interleaving import interleave, paired_ratio, summarise
-    from dfine_plugin.benchmarks.latency_rows import build_rows
-    from dfine_plugin.benchmarks.machine import GPUProbe, environment
-    from dfine_plugin.benchmarks.subjects import NUM_SCENES, find_subjects, read_data
+    from dfine_plugin.benchmarks.speed.interleaving import interleave, paired_ratio, summarise
+    from dfine_plugin.benchmarks.speed.latency_rows import build_rows
+    from dfine_plugin.benchmarks.speed.machine import GPUProbe, environment
+    from dfine_plugin.benchmarks.speed.subjects import NUM_SCENES, find_subjects, read_data
 
     console = Console()
     where, chosen, precision, notes = _choose(device, backend, precision)
@@ -177,7 +177,7 @@ def _choose(
     """Device, backends and precision, and what to say about those that were not asked for."""
     import torch
 
-    from dfine_plugin.benchmarks.runners import check_backend
+    from dfine_plugin.benchmarks.speed.runners import check_backend
 
     has_gpu = torch.cuda.is_available()
     where = find_device(device or ("cuda" if has_gpu else "cpu"))
@@ -226,7 +226,7 @@ def read_ap(specs: Sequence[str], names: Sequence[str]) -> dict[str, float]:
 
 
 def _gpu(probe: GPUProbe) -> Mapping[str, Any]:
-    from dfine_plugin.benchmarks.machine import describe_readings
+    from dfine_plugin.benchmarks.speed.machine import describe_readings
 
     summary = describe_readings(probe.readings) if probe.readings else f"clocks not known: {probe.failure}"
     return {"summary": summary, "readings": [asdict(reading) for reading in probe.readings]}
@@ -234,8 +234,8 @@ def _gpu(probe: GPUProbe) -> Mapping[str, Any]:
 
 def write_report(result: Result, output: Path, console: Console) -> None:
     """Write table, figures and plots to `output`, and print the table."""
-    from dfine_plugin.benchmarks.latency_report import latency_markdown
-    from dfine_plugin.benchmarks.plots import plot_ap_over_latency, plot_runs
+    from dfine_plugin.benchmarks.gain.plots import plot_ap_over_latency, plot_runs
+    from dfine_plugin.benchmarks.speed.latency_report import latency_markdown
 
     table = latency_markdown(result)
     write_json(output / "latency.json", result)

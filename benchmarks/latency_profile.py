@@ -20,10 +20,10 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from dfine_plugin.benchmarks.full_size_hosts import HOSTS
+from dfine_plugin.benchmarks.gain.report import table_header, table_row
+from dfine_plugin.benchmarks.gain.runs import write_text
+from dfine_plugin.benchmarks.models.full_size_hosts import HOSTS
 from dfine_plugin.benchmarks.options import check_host_takes
-from dfine_plugin.benchmarks.report import table_header, table_row
-from dfine_plugin.benchmarks.runs import write_text
 
 MADE = "(onnxruntime's own) "
 
@@ -42,9 +42,9 @@ def main(
     # from here on torch is needed, which takes seconds to import
     import torch
 
-    from dfine_plugin.benchmarks.latency_report import describe_machine
-    from dfine_plugin.benchmarks.machine import environment
-    from dfine_plugin.benchmarks.subjects import find_subjects
+    from dfine_plugin.benchmarks.speed.latency_report import describe_machine
+    from dfine_plugin.benchmarks.speed.machine import environment
+    from dfine_plugin.benchmarks.speed.subjects import find_subjects
     from dfine_plugin.export import export_onnx
 
     graphs = {}

@@ -20,10 +20,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from dfine_plugin.benchmarks.detrex_configs import CALL_CUDA
-from dfine_plugin.benchmarks.full_size_hosts import HOSTS, NUM_CLASSES
+from dfine_plugin.benchmarks.gain.runs import write_json
+from dfine_plugin.benchmarks.models.detrex_configs import CALL_CUDA
+from dfine_plugin.benchmarks.models.full_size_hosts import HOSTS, NUM_CLASSES
 from dfine_plugin.benchmarks.options import check_device_name, check_host_takes, find_device
-from dfine_plugin.benchmarks.runs import write_json
 
 
 def main(
@@ -42,8 +42,8 @@ def main(
     # from here on torch is needed, which takes seconds to import
     import torch
 
-    from dfine_plugin.benchmarks.detrex_hosts import without_cuda_calls
-    from dfine_plugin.benchmarks.step_costs import compare
+    from dfine_plugin.benchmarks.cost.step_costs import compare
+    from dfine_plugin.benchmarks.models.detrex_hosts import without_cuda_calls
     from dfine_plugin.benchmarks.timing import device_name
 
     where = find_device(device)
@@ -67,7 +67,7 @@ def main(
 
 
 def _show(result: dict[str, Any]) -> None:
-    from dfine_plugin.benchmarks.step_costs import PARTS
+    from dfine_plugin.benchmarks.cost.step_costs import PARTS
 
     console, table = Console(), Table("", "host", "wrapped", "ratio")
     pair = result["host"], result["wrapped"]

@@ -23,9 +23,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from dfine_plugin.benchmarks.options import check_data, check_device_name, check_fair_baseline, check_host_takes
-from dfine_plugin.benchmarks.paired import PairedDifference, paired_difference
-from dfine_plugin.benchmarks.report import (
+from dfine_plugin.benchmarks.gain.paired import PairedDifference, paired_difference
+from dfine_plugin.benchmarks.gain.report import (
     METRICS,
     every_seed,
     figures,
@@ -35,10 +34,11 @@ from dfine_plugin.benchmarks.report import (
     variants_of,
     verdict_of,
 )
-from dfine_plugin.benchmarks.runs import Result, RetrofitSettings, write_json, write_text
-from dfine_plugin.benchmarks.scheduling import run_all
+from dfine_plugin.benchmarks.gain.runs import Result, RetrofitSettings, write_json, write_text
+from dfine_plugin.benchmarks.gain.scheduling import run_all
+from dfine_plugin.benchmarks.gain.variants import BASELINE, parse_variants
+from dfine_plugin.benchmarks.options import check_data, check_device_name, check_fair_baseline, check_host_takes
 from dfine_plugin.benchmarks.trained_hosts import IMAGE_SIZE, STEPS, facts, find_trained
-from dfine_plugin.benchmarks.variants import BASELINE, parse_variants
 
 DEFAULT_ROWS = f"{BASELINE} calibrated"
 
@@ -185,7 +185,7 @@ def main(
 
 def write_report(results: Sequence[Result], failures: Sequence[str], output: Path, console: Console) -> None:
     """Write table, figures and plot to `output`, and print the table."""
-    from dfine_plugin.benchmarks.plots import plot_ap_over_steps
+    from dfine_plugin.benchmarks.gain.plots import plot_ap_over_steps
 
     table = markdown(results, failures)
     write_text(output / "retrofit.md", table)

@@ -19,14 +19,14 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
+from dfine_plugin.benchmarks.gain.paired import PairedDifference, paired_difference
+from dfine_plugin.benchmarks.gain.report import table_header, table_row
+from dfine_plugin.benchmarks.gain.runs import Result, RunSettings, find_model, write_json, write_text
+from dfine_plugin.benchmarks.gain.variants import BASELINE
 from dfine_plugin.benchmarks.options import check_device_name, find_device
-from dfine_plugin.benchmarks.paired import PairedDifference, paired_difference
-from dfine_plugin.benchmarks.report import table_header, table_row
-from dfine_plugin.benchmarks.runs import Result, RunSettings, find_model, write_json, write_text
-from dfine_plugin.benchmarks.variants import BASELINE
 
 if TYPE_CHECKING:
-    from dfine_plugin.benchmarks.detection_data import DetectionData
+    from dfine_plugin.benchmarks.data.detection_data import DetectionData
 
 CLEAN = "clean"
 
@@ -36,7 +36,7 @@ Scores = dict[str, dict[str, dict[int, float]]]
 
 def conditions(data: DetectionData) -> dict[str, DetectionData]:
     """The data as it is, and spoilt in every way and strength."""
-    from dfine_plugin.benchmarks.corruptions import CORRUPTIONS, STRENGTHS, corrupt
+    from dfine_plugin.benchmarks.data.corruptions import CORRUPTIONS, STRENGTHS, corrupt
 
     spoilt = {
         f"{name} {strength}": replace(data, images=corrupt(data.images, name, strength))
@@ -92,9 +92,9 @@ def main(
     models = find_models(folder)
     if not any(settings.variant == BASELINE for settings in models):
         raise typer.BadParameter(f"{folder} has no models of a finished ablation with a baseline (--save-models)")
-    from dfine_plugin.benchmarks.evaluation import coco_metrics, detect
-    from dfine_plugin.benchmarks.plots import plot_robustness
-    from dfine_plugin.benchmarks.training import load_data
+    from dfine_plugin.benchmarks.gain.evaluation import coco_metrics, detect
+    from dfine_plugin.benchmarks.gain.plots import plot_robustness
+    from dfine_plugin.benchmarks.gain.training import load_data
     from dfine_plugin.checkpoints import open_checkpoint
 
     where = find_device(device)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from dfine_plugin.benchmarks.runs import RunSettings, write_json
+from dfine_plugin.benchmarks.gain.runs import RunSettings, write_json
 
 if TYPE_CHECKING:
     from torch import nn
@@ -84,7 +84,7 @@ def _take_benchmarks_images(model: nn.Module, folder: Path) -> None:
 def _renormalise(
     own: Mapping[str, Any], model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    from dfine_plugin.benchmarks.detection_data import normalised
+    from dfine_plugin.benchmarks.data.detection_data import normalised
 
     pixels = args[0] if args else kwargs["pixel_values"]
     pixels = normalised((pixels + 1) * 127.5, own)
@@ -95,10 +95,10 @@ def train(name: str, output: Path) -> dict[str, Any]:
     """Train the host of this name, write it to its folder in `output`, and return what there is to know of it."""
     import torch
 
-    from dfine_plugin.benchmarks.evaluation import coco_metrics, detect
-    from dfine_plugin.benchmarks.hosts import HOSTS
-    from dfine_plugin.benchmarks.training import load_data, train_run
-    from dfine_plugin.benchmarks.variants import BASELINE
+    from dfine_plugin.benchmarks.gain.evaluation import coco_metrics, detect
+    from dfine_plugin.benchmarks.gain.training import load_data, train_run
+    from dfine_plugin.benchmarks.gain.variants import BASELINE
+    from dfine_plugin.benchmarks.models.hosts import HOSTS
 
     rate = HOSTS[name].learning_rate
     settings = RunSettings(

@@ -20,11 +20,11 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
+from dfine_plugin.benchmarks.gain.runs import Result, write_json, write_text
 from dfine_plugin.benchmarks.options import check_data, check_device_name, find_device, name_and_path
-from dfine_plugin.benchmarks.runs import Result, write_json, write_text
 
 if TYPE_CHECKING:
-    from dfine_plugin.benchmarks.detection_data import DetectionData
+    from dfine_plugin.benchmarks.data.detection_data import DetectionData
 
 FIT, MEASURE = "val", "test"
 """The splits of a COCO-format folder."""
@@ -35,8 +35,8 @@ SHAPES_SEEDS = {FIT: 2, MEASURE: 3}
 @lru_cache(maxsize=2)
 def load_split(data: str, split: str, side: int, images: int) -> DetectionData:
     """The split of "shapes" (of so many images) or of a COCO-format folder, as squares."""
-    from dfine_plugin.benchmarks.coco_data import read_split
-    from dfine_plugin.benchmarks.shapes import make_shapes
+    from dfine_plugin.benchmarks.data.coco_data import read_split
+    from dfine_plugin.benchmarks.data.shapes import make_shapes
 
     if data == "shapes":
         return make_shapes(images, side, SHAPES_SEEDS[split])
@@ -67,9 +67,9 @@ def main(
         raise typer.BadParameter(f"there is no {' and no '.join(missing)}", param_hint="MODELS")
     check_data(data, (FIT, MEASURE))
     # from here on torch is needed, which takes seconds to import
-    from dfine_plugin.benchmarks.calibration_errors import summarise
-    from dfine_plugin.benchmarks.edge_errors import edge_errors
-    from dfine_plugin.benchmarks.report import machine
+    from dfine_plugin.benchmarks.gain.calibration_errors import summarise
+    from dfine_plugin.benchmarks.gain.edge_errors import edge_errors
+    from dfine_plugin.benchmarks.gain.report import machine
     from dfine_plugin.checkpoints import input_size, open_checkpoint
     from dfine_plugin.errors import DFinePluginError
     from dfine_plugin.wrapping import is_wrapped
@@ -119,8 +119,8 @@ def main(
 
 def write_report(result: Result, output: Path, console: Console) -> None:
     """Write tables, figures and plot to `output`, and print the tables."""
-    from dfine_plugin.benchmarks.plots import plot_uncertainty
-    from dfine_plugin.benchmarks.uncertainty_report import markdown
+    from dfine_plugin.benchmarks.gain.plots import plot_uncertainty
+    from dfine_plugin.benchmarks.gain.uncertainty_report import markdown
 
     table = markdown(result)
     write_json(output / "uncertainty.json", result)

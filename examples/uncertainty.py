@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torchvision.ops import box_iou
 
 from dfine_plugin import ConformalScale
-from dfine_plugin.benchmarks.detection_data import DetectionData, normalised
-from dfine_plugin.benchmarks.diagnosis import without_duplicates
-from dfine_plugin.benchmarks.edge_errors import edge_errors, match
-from dfine_plugin.benchmarks.evaluation import coco_metrics, read_out
+from dfine_plugin.benchmarks.data.detection_data import DetectionData, normalised
+from dfine_plugin.benchmarks.gain.diagnosis import without_duplicates
+from dfine_plugin.benchmarks.gain.edge_errors import edge_errors, match
+from dfine_plugin.benchmarks.gain.evaluation import coco_metrics, read_out
 from dfine_plugin.benchmarks.options import check_data
 from dfine_plugin.benchmarks.uncertainty import FIT, MEASURE, load_split
 from dfine_plugin.boxes import to_corners

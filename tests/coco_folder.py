@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torchvision.transforms.functional import to_pil_image
 
-from dfine_plugin.benchmarks.shapes import make_shapes
+from dfine_plugin.benchmarks.data.shapes import make_shapes
 
 SIDE = 96
 """Of the images, in pixels: what the small trained hosts take."""

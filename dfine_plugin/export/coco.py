@@ -53,7 +53,7 @@ class CocoSplit:
             detections: of all images in order, boxes in pixels of the model's input.
             image_size: H and W of that input.
         """
-        from dfine_plugin.benchmarks.evaluation import coco_metrics
+        from dfine_plugin.benchmarks.gain.evaluation import coco_metrics
 
         categories = np.array(sorted(category["id"] for category in self.coco["categories"]))
         rows = []

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dfine_plugin.benchmarks import detrex_configs
-from dfine_plugin.benchmarks.detrex_hosts import without_cuda_calls
+from dfine_plugin.benchmarks.models import detrex_configs
+from dfine_plugin.benchmarks.models.detrex_hosts import without_cuda_calls
 
 from .hosts import NUM_CLASSES, NUM_LAYERS, Host, labels
 

@@ -36,7 +36,7 @@ from dfine_plugin import (
     unwrap_decoder,
     wrap_decoder,
 )
-from dfine_plugin.benchmarks.hosts import build_host
+from dfine_plugin.benchmarks.models.hosts import build_host
 
 from .hosts import Host, assert_equal, build, predict, randomise_fdr, train_step, wrapped
 from .transformers_hosts import HOSTS

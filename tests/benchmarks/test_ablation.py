@@ -23,15 +23,15 @@ from typer.testing import CliRunner
 from dfine_plugin import FDRConfig, adapters, load_pretrained
 from dfine_plugin.benchmarks import ablation
 from dfine_plugin.benchmarks.ablation import main
-from dfine_plugin.benchmarks.detection_data import normalise
-from dfine_plugin.benchmarks.detrex_hosts import without_cuda_calls
-from dfine_plugin.benchmarks.ema import make_ema
-from dfine_plugin.benchmarks.evaluation import coco_metrics, detect
-from dfine_plugin.benchmarks.hosts import HOSTS, build_host
-from dfine_plugin.benchmarks.runs import RunSettings, code_digest, find_model, load_run, save_model, save_run
-from dfine_plugin.benchmarks.shapes import make_shapes
-from dfine_plugin.benchmarks.training import build_model, load_data
-from dfine_plugin.benchmarks.variants import fdr_settings, parse_variants
+from dfine_plugin.benchmarks.data.detection_data import normalise
+from dfine_plugin.benchmarks.data.shapes import make_shapes
+from dfine_plugin.benchmarks.gain.ema import make_ema
+from dfine_plugin.benchmarks.gain.evaluation import coco_metrics, detect
+from dfine_plugin.benchmarks.gain.runs import RunSettings, code_digest, find_model, load_run, save_model, save_run
+from dfine_plugin.benchmarks.gain.training import build_model, load_data
+from dfine_plugin.benchmarks.gain.variants import fdr_settings, parse_variants
+from dfine_plugin.benchmarks.models.detrex_hosts import without_cuda_calls
+from dfine_plugin.benchmarks.models.hosts import HOSTS, build_host
 
 APP = Typer()
 APP.command()(main)

@@ -14,9 +14,9 @@ import pytest
 from rich.console import Console
 
 from dfine_plugin import load_pretrained
-from dfine_plugin.benchmarks.report import markdown
-from dfine_plugin.benchmarks.runs import Result, RunSettings
-from dfine_plugin.benchmarks.scheduling import Cluster, run_all
+from dfine_plugin.benchmarks.gain.report import markdown
+from dfine_plugin.benchmarks.gain.runs import Result, RunSettings
+from dfine_plugin.benchmarks.gain.scheduling import Cluster, run_all
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: the extra 'cluster'")
 

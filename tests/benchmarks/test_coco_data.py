@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dfine_plugin.benchmarks.coco_data import read_split
-from dfine_plugin.benchmarks.detection_data import COCO_SIDES, TrainingView, collate
+from dfine_plugin.benchmarks.data.coco_data import read_split
+from dfine_plugin.benchmarks.data.detection_data import COCO_SIDES, TrainingView, collate
 
 
 @pytest.fixture

@@ -10,9 +10,16 @@ from typer import Typer
 from typer.testing import CliRunner
 
 from dfine_plugin.benchmarks import criterion, overhead
-from dfine_plugin.benchmarks.criterion_steps import Sizes, by_kind, check_agreement, load_authors, make_ours, make_step
-from dfine_plugin.benchmarks.detrex_hosts import without_cuda_calls
-from dfine_plugin.benchmarks.hosts import build_host
+from dfine_plugin.benchmarks.cost.criterion_steps import (
+    Sizes,
+    by_kind,
+    check_agreement,
+    load_authors,
+    make_ours,
+    make_step,
+)
+from dfine_plugin.benchmarks.models.detrex_hosts import without_cuda_calls
+from dfine_plugin.benchmarks.models.hosts import build_host
 
 CPU = torch.device("cpu")
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from dfine_plugin import FDRConfig
-from dfine_plugin.benchmarks.detection_data import normalise
-from dfine_plugin.benchmarks.detrex_hosts import without_cuda_calls
-from dfine_plugin.benchmarks.diagnosis import (
+from dfine_plugin.benchmarks.data.detection_data import normalise
+from dfine_plugin.benchmarks.data.shapes import make_shapes
+from dfine_plugin.benchmarks.gain.diagnosis import (
     INITIAL,
     diagnose,
     overlaps,
@@ -21,11 +21,11 @@ from dfine_plugin.benchmarks.diagnosis import (
     within_bins,
     without_duplicates,
 )
-from dfine_plugin.benchmarks.evaluation import coco_metrics, detect
-from dfine_plugin.benchmarks.hosts import HOSTS
-from dfine_plugin.benchmarks.runs import RunSettings
-from dfine_plugin.benchmarks.shapes import make_shapes
-from dfine_plugin.benchmarks.training import build_model
+from dfine_plugin.benchmarks.gain.evaluation import coco_metrics, detect
+from dfine_plugin.benchmarks.gain.runs import RunSettings
+from dfine_plugin.benchmarks.gain.training import build_model
+from dfine_plugin.benchmarks.models.detrex_hosts import without_cuda_calls
+from dfine_plugin.benchmarks.models.hosts import HOSTS
 from dfine_plugin.wrapping import predict_distributions
 
 from .test_ablation import rows

@@ -12,9 +12,9 @@ from PIL import Image
 from torch import nn
 
 from dfine_plugin import load_pretrained
-from dfine_plugin.benchmarks.plots import plot_ap_over_steps
+from dfine_plugin.benchmarks.gain.plots import plot_ap_over_steps
+from dfine_plugin.benchmarks.gain.runs import RunSettings, find_model, load_run, save_model, save_run, write_text
 from dfine_plugin.benchmarks.robustness import find_models
-from dfine_plugin.benchmarks.runs import RunSettings, find_model, load_run, save_model, save_run, write_text
 
 from ..adapters.hosts import randomise_fdr, wrapped
 from ..adapters.transformers_hosts import HOSTS

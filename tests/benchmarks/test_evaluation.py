@@ -6,9 +6,9 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from dfine_plugin.benchmarks.detection_data import DetectionData
-from dfine_plugin.benchmarks.evaluation import coco_metrics, detect, top_detections
-from dfine_plugin.benchmarks.shapes import make_shapes
+from dfine_plugin.benchmarks.data.detection_data import DetectionData
+from dfine_plugin.benchmarks.data.shapes import make_shapes
+from dfine_plugin.benchmarks.gain.evaluation import coco_metrics, detect, top_detections
 
 
 class Oracle(torch.nn.Module):

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dfine_plugin.benchmarks.detection_data import TrainingView, collate
-from dfine_plugin.benchmarks.hosts import build_host
-from dfine_plugin.benchmarks.initialisation import PRIOR, initialise_from_scratch
-from dfine_plugin.benchmarks.shapes import make_shapes
+from dfine_plugin.benchmarks.data.detection_data import TrainingView, collate
+from dfine_plugin.benchmarks.data.shapes import make_shapes
+from dfine_plugin.benchmarks.models.hosts import build_host
+from dfine_plugin.benchmarks.models.initialisation import PRIOR, initialise_from_scratch
 
 RT_DETRS = ["rt-detr", "rt-detr-v2"]
 DEFORMABLE_DETRS = ["deformable-detr", "deformable-detr-two-stage"]

@@ -15,17 +15,25 @@ from torch import nn
 from typer import Typer
 from typer.testing import CliRunner
 
-from dfine_plugin.benchmarks import latency, runners, subjects
-from dfine_plugin.benchmarks.backends import BACKENDS, CPU_BACKENDS, LOWERED, PRECISIONS
-from dfine_plugin.benchmarks.full_size_hosts import HOSTS
-from dfine_plugin.benchmarks.interleaving import interleave, paired_ratio, summarise
+from dfine_plugin.benchmarks import latency
+from dfine_plugin.benchmarks.gain.runs import Result
 from dfine_plugin.benchmarks.latency import read_ap
-from dfine_plugin.benchmarks.latency_report import PUBLISHED_T4, latency_markdown, parity_cell
-from dfine_plugin.benchmarks.latency_rows import count_near, measure_row
-from dfine_plugin.benchmarks.machine import describe_readings, parse_reading
-from dfine_plugin.benchmarks.runners import DTYPES, OPENVINO_TYPES, TORCH_BACKENDS, OpenVINO, Runner, check_backend
-from dfine_plugin.benchmarks.runs import Result
-from dfine_plugin.benchmarks.subjects import Subject, find_subjects
+from dfine_plugin.benchmarks.models.full_size_hosts import HOSTS
+from dfine_plugin.benchmarks.speed import runners, subjects
+from dfine_plugin.benchmarks.speed.backends import BACKENDS, CPU_BACKENDS, LOWERED, PRECISIONS
+from dfine_plugin.benchmarks.speed.interleaving import interleave, paired_ratio, summarise
+from dfine_plugin.benchmarks.speed.latency_report import PUBLISHED_T4, latency_markdown, parity_cell
+from dfine_plugin.benchmarks.speed.latency_rows import count_near, measure_row
+from dfine_plugin.benchmarks.speed.machine import describe_readings, parse_reading
+from dfine_plugin.benchmarks.speed.runners import (
+    DTYPES,
+    OPENVINO_TYPES,
+    TORCH_BACKENDS,
+    OpenVINO,
+    Runner,
+    check_backend,
+)
+from dfine_plugin.benchmarks.speed.subjects import Subject, find_subjects
 from dfine_plugin.benchmarks.trained_hosts import facts, find_trained
 from dfine_plugin.checkpoints import open_checkpoint
 from dfine_plugin.export.parity import Detections, torch_detections

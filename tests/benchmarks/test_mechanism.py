@@ -11,10 +11,10 @@ from torch import nn
 
 from dfine_plugin import FDRConfig, wrap_decoder
 from dfine_plugin.adapters import union_criterion
-from dfine_plugin.benchmarks.detection_data import TrainingView, collate
-from dfine_plugin.benchmarks.diagnosis import INITIAL, predict_layers
-from dfine_plugin.benchmarks.hosts import build_host
-from dfine_plugin.benchmarks.shapes import make_shapes
+from dfine_plugin.benchmarks.data.detection_data import TrainingView, collate
+from dfine_plugin.benchmarks.data.shapes import make_shapes
+from dfine_plugin.benchmarks.gain.diagnosis import INITIAL, predict_layers
+from dfine_plugin.benchmarks.models.hosts import build_host
 from dfine_plugin.boxes import aligned_iou
 
 STEPS = 500

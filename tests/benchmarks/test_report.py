@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_1samp, ttest_rel
 
-from dfine_plugin.benchmarks.paired import paired_difference
-from dfine_plugin.benchmarks.report import (
+from dfine_plugin.benchmarks.gain.paired import paired_difference
+from dfine_plugin.benchmarks.gain.report import (
     METRICS,
     ap_at_equal_time,
     closing_lines,

@@ -14,12 +14,12 @@ from typer.testing import CliRunner
 
 from dfine_plugin import calibrate, is_wrapped, wrap_decoder
 from dfine_plugin.benchmarks import retrofit
-from dfine_plugin.benchmarks.detection_data import TrainingView, collate, normalise
-from dfine_plugin.benchmarks.evaluation import coco_metrics, detect
-from dfine_plugin.benchmarks.runs import RetrofitSettings
+from dfine_plugin.benchmarks.data.detection_data import TrainingView, collate, normalise
+from dfine_plugin.benchmarks.gain.evaluation import coco_metrics, detect
+from dfine_plugin.benchmarks.gain.runs import RetrofitSettings
+from dfine_plugin.benchmarks.gain.training import build_model, load_data
+from dfine_plugin.benchmarks.gain.variants import fdr_settings, is_calibrated, parse_variants
 from dfine_plugin.benchmarks.trained_hosts import STEPS, TRAINED, facts, load_trained
-from dfine_plugin.benchmarks.training import build_model, load_data
-from dfine_plugin.benchmarks.variants import fdr_settings, is_calibrated, parse_variants
 
 CPU = torch.device("cpu")
 FACTS = facts()

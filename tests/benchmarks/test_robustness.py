@@ -11,9 +11,9 @@ from typer import Typer
 from typer.testing import CliRunner
 
 from dfine_plugin.benchmarks import ablation, robustness
-from dfine_plugin.benchmarks.corruptions import CORRUPTIONS, STRENGTHS, corrupt
+from dfine_plugin.benchmarks.data.corruptions import CORRUPTIONS, STRENGTHS, corrupt
+from dfine_plugin.benchmarks.data.shapes import make_shapes
 from dfine_plugin.benchmarks.robustness import CLEAN, conditions, gains
-from dfine_plugin.benchmarks.shapes import make_shapes
 
 ABLATION, ROBUSTNESS = Typer(), Typer()
 ABLATION.command()(ablation.main)

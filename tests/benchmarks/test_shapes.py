@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from dfine_plugin.benchmarks.shapes import MIN_VISIBLE, SUPERSAMPLING, draw_scene, make_shapes
+from dfine_plugin.benchmarks.data.shapes import MIN_VISIBLE, SUPERSAMPLING, draw_scene, make_shapes
 
 
 @pytest.mark.parametrize("seed", range(8))

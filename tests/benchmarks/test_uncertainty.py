@@ -22,7 +22,8 @@ from typer.testing import CliRunner
 
 from dfine_plugin import wrap_decoder
 from dfine_plugin.benchmarks import uncertainty
-from dfine_plugin.benchmarks.calibration_errors import (
+from dfine_plugin.benchmarks.data.detection_data import DetectionData, normalised
+from dfine_plugin.benchmarks.gain.calibration_errors import (
     LEVELS,
     bin_edges,
     intervals,
@@ -30,8 +31,7 @@ from dfine_plugin.benchmarks.calibration_errors import (
     quantile_error,
     summarise,
 )
-from dfine_plugin.benchmarks.detection_data import DetectionData, normalised
-from dfine_plugin.benchmarks.edge_errors import EdgeErrors, cumulative, edge_errors, match
+from dfine_plugin.benchmarks.gain.edge_errors import EdgeErrors, cumulative, edge_errors, match
 from dfine_plugin.benchmarks.trained_hosts import TRAINED, load_trained
 from dfine_plugin.boxes import edge_offsets
 from dfine_plugin.checkpoints import open_checkpoint

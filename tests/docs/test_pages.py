@@ -24,8 +24,8 @@ from typer.testing import CliRunner
 
 import dfine_plugin
 from dfine_plugin import FDRHead, is_wrapped, load_pretrained, registry, weighting_function, wrap_decoder
-from dfine_plugin.benchmarks.detection_data import TrainingView, collate
-from dfine_plugin.benchmarks.shapes import make_shapes
+from dfine_plugin.benchmarks.data.detection_data import TrainingView, collate
+from dfine_plugin.benchmarks.data.shapes import make_shapes
 from dfine_plugin.benchmarks.trained_hosts import TRAINED, load_trained
 from dfine_plugin.commands import app as dfine_plugin_app
 

@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import AutoImageProcessor
 
 from dfine_plugin import is_wrapped
-from dfine_plugin.benchmarks.coco_data import read_split
+from dfine_plugin.benchmarks.data.coco_data import read_split
 from dfine_plugin.benchmarks.trained_hosts import TRAINED
 from dfine_plugin.checkpoints import open_checkpoint
 from dfine_plugin.export.coco import CocoSplit

@@ -17,7 +17,7 @@ from transformers import RTDetrImageProcessor
 from typer.testing import CliRunner
 
 from dfine_plugin import load_pretrained, wrap_decoder
-from dfine_plugin.benchmarks.shapes import make_shapes
+from dfine_plugin.benchmarks.data.shapes import make_shapes
 from dfine_plugin.benchmarks.trained_hosts import load_trained
 from dfine_plugin.commands import app
 

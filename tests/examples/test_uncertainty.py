@@ -14,8 +14,8 @@ from typer import Typer
 from typer.testing import CliRunner
 
 from dfine_plugin import wrap_decoder
-from dfine_plugin.benchmarks.evaluation import coco_metrics, detect
-from dfine_plugin.benchmarks.shapes import make_shapes
+from dfine_plugin.benchmarks.data.shapes import make_shapes
+from dfine_plugin.benchmarks.gain.evaluation import coco_metrics, detect
 from dfine_plugin.benchmarks.trained_hosts import TRAINED, load_trained
 from dfine_plugin.benchmarks.uncertainty import MEASURE, SHAPES_SEEDS
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dfine_plugin import wrap_decoder
-from dfine_plugin.benchmarks.full_size_hosts import HOSTS
+from dfine_plugin.benchmarks.models.full_size_hosts import HOSTS
 from dfine_plugin.export import build_engine, engine, export_onnx
 from dfine_plugin.targets import compute_capability
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from onnx import helper
 
-from dfine_plugin.benchmarks.runners import Engine
+from dfine_plugin.benchmarks.speed.runners import Engine
 from dfine_plugin.export import build_engine, engine
 from dfine_plugin.targets import BACKENDS
 

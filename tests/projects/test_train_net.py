@@ -42,7 +42,7 @@ pytestmark = [
 # others.
 RUNNER = """
 import contextlib, runpy, sys, torch
-from dfine_plugin.benchmarks.detrex_hosts import without_cuda_calls
+from dfine_plugin.benchmarks.models.detrex_hosts import without_cuda_calls
 with contextlib.nullcontext() if torch.cuda.is_available() else without_cuda_calls():
     runpy.run_path(sys.argv.pop(1), run_name="__main__")
 """

@@ -9,7 +9,7 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from dfine_plugin.benchmarks.edge_errors import EdgeErrors
+from dfine_plugin.benchmarks.gain.edge_errors import EdgeErrors
 from dfine_plugin.uncertainty import ConformalScale
 
 LEVELS = tuple(level / 20 for level in range(1, 20))

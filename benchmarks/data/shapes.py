@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image, ImageDraw
 
-from dfine_plugin.benchmarks.detection_data import DetectionData
+from dfine_plugin.benchmarks.data.detection_data import DetectionData
 
 SUPERSAMPLING = 4
 MIN_VISIBLE = 0.4

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dfine_plugin import wrap_decoder
-from dfine_plugin.benchmarks.full_size_hosts import HOSTS
+from dfine_plugin.benchmarks.models.full_size_hosts import HOSTS
 from dfine_plugin.registry import find_adapter
 
 HEADS = ("class_embed", "score_head", "bbox")

@@ -12,9 +12,9 @@ import torch
 import typer
 from rich.console import Console
 
-from dfine_plugin.benchmarks.backends import LOWERED
-from dfine_plugin.benchmarks.runners import Runner
-from dfine_plugin.benchmarks.subjects import Subject
+from dfine_plugin.benchmarks.speed.backends import LOWERED
+from dfine_plugin.benchmarks.speed.runners import Runner
+from dfine_plugin.benchmarks.speed.subjects import Subject
 from dfine_plugin.export import measure_parity
 from dfine_plugin.export.parity import LARGEST_MOVE, Detections, torch_detections
 from dfine_plugin.targets import BACKENDS as ENGINE_BACKENDS

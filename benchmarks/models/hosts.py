@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from dfine_plugin.benchmarks.detrex_configs import CALL_CUDA, CONFIGS
+from dfine_plugin.benchmarks.models.detrex_configs import CALL_CUDA, CONFIGS
 
 if TYPE_CHECKING:
     from torch import nn
@@ -39,7 +39,7 @@ def host(name: str, learning_rate: float) -> Callable[[Builder], Builder]:
 
     def register(build: Builder) -> Builder:
         def from_scratch(class_names: list[str], num_queries: int) -> nn.Module:
-            from dfine_plugin.benchmarks.initialisation import initialise_from_scratch
+            from dfine_plugin.benchmarks.models.initialisation import initialise_from_scratch
 
             model = build(class_names, num_queries)
             initialise_from_scratch(model)
@@ -185,7 +185,7 @@ def lw_detr(class_names: list[str], num_queries: int) -> nn.Module:
 
 
 def _detrex(name: str, class_names: list[str], num_queries: int) -> nn.Module:
-    from dfine_plugin.benchmarks.detrex_hosts import build_detrex_host
+    from dfine_plugin.benchmarks.models.detrex_hosts import build_detrex_host
 
     return build_detrex_host(name, class_names, num_queries)
 

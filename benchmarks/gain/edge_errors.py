@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import box_iou
 
-from dfine_plugin.benchmarks.detection_data import DetectionData, normalised
+from dfine_plugin.benchmarks.data.detection_data import DetectionData, normalised
 from dfine_plugin.boxes import edge_offsets, to_corners
 from dfine_plugin.wrapping import predict_distributions
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from dfine_plugin.benchmarks.paired import mean_and_spread
-from dfine_plugin.benchmarks.report import table_header, table_row
-from dfine_plugin.benchmarks.runs import Result
+from dfine_plugin.benchmarks.gain.paired import mean_and_spread
+from dfine_plugin.benchmarks.gain.report import table_header, table_row
+from dfine_plugin.benchmarks.gain.runs import Result
 
 INTERVALS = {"deviation": "factor * deviation", "side": "factor * the box's side", "constant": "constant"}
 

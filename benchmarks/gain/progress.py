@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from dfine_plugin.benchmarks.runs import Result, RunSettings
+from dfine_plugin.benchmarks.gain.runs import Result, RunSettings
 
 Message = tuple[str, int, float | None]
 """A run's key, steps done, AP where an evaluation was made."""
@@ -25,8 +25,8 @@ class Messages(Protocol):
 
 
 def train(run: RunSettings, messages: Messages, models: Any) -> Result:
-    """:func:`~dfine_plugin.benchmarks.training.train_run` in a worker, telling how far it is."""
-    from dfine_plugin.benchmarks.training import train_run
+    """:func:`~dfine_plugin.benchmarks.gain.training.train_run` in a worker, telling how far it is."""
+    from dfine_plugin.benchmarks.gain.training import train_run
 
     def report(step: int, metrics: dict[str, Any] | None) -> None:
         # A message is a round trip: not every step.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
-from dfine_plugin.benchmarks.detrex_configs import CONFIGS
+from dfine_plugin.benchmarks.models.detrex_configs import CONFIGS
 
 MAX_DETECTIONS = 100
 

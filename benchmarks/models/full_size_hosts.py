@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from dfine_plugin.benchmarks.detrex_configs import CONFIGS
+from dfine_plugin.benchmarks.models.detrex_configs import CONFIGS
 
 if TYPE_CHECKING:
     from torch import nn
@@ -38,7 +38,7 @@ def _detrex(name: str) -> nn.Module:
     """A host of detrex as its config has it."""
     from detectron2.config import instantiate
 
-    from dfine_plugin.benchmarks.detrex_hosts import PixelsAndLabels
+    from dfine_plugin.benchmarks.models.detrex_hosts import PixelsAndLabels
     from dfine_plugin.projects.common import detrex_config
 
     config = detrex_config(CONFIGS[name]).model

@@ -22,17 +22,17 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer_utils import set_seed
 
 from dfine_plugin import FDRConfig, calibrate, wrap_decoder
-from dfine_plugin.benchmarks.coco_data import read_split
-from dfine_plugin.benchmarks.detection_data import DetectionData, TrainingView, collate, normalise
-from dfine_plugin.benchmarks.detrex_hosts import without_cuda_calls
-from dfine_plugin.benchmarks.diagnosis import diagnose
-from dfine_plugin.benchmarks.ema import make_ema
-from dfine_plugin.benchmarks.evaluation import coco_metrics, detect
-from dfine_plugin.benchmarks.hosts import HOSTS, build_host
-from dfine_plugin.benchmarks.runs import Result, RetrofitSettings, RunSettings, code_digest, save_model
-from dfine_plugin.benchmarks.shapes import make_shapes
+from dfine_plugin.benchmarks.data.coco_data import read_split
+from dfine_plugin.benchmarks.data.detection_data import DetectionData, TrainingView, collate, normalise
+from dfine_plugin.benchmarks.data.shapes import make_shapes
+from dfine_plugin.benchmarks.gain.diagnosis import diagnose
+from dfine_plugin.benchmarks.gain.ema import make_ema
+from dfine_plugin.benchmarks.gain.evaluation import coco_metrics, detect
+from dfine_plugin.benchmarks.gain.runs import Result, RetrofitSettings, RunSettings, code_digest, save_model
+from dfine_plugin.benchmarks.gain.variants import fdr_settings, is_calibrated
+from dfine_plugin.benchmarks.models.detrex_hosts import without_cuda_calls
+from dfine_plugin.benchmarks.models.hosts import HOSTS, build_host
 from dfine_plugin.benchmarks.trained_hosts import load_trained
-from dfine_plugin.benchmarks.variants import fdr_settings, is_calibrated
 
 # Seeds of the embedded data: the same images for every run, and none of them in both splits.
 SHAPES_SEEDS = {"train": 0, "val": 1}

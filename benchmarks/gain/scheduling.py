@@ -15,13 +15,13 @@ from threading import Thread
 
 from rich.console import Console
 
-from dfine_plugin.benchmarks import progress
-from dfine_plugin.benchmarks.runs import Result, RunSettings, find_model, load_run, save_run
+from dfine_plugin.benchmarks.gain import progress
+from dfine_plugin.benchmarks.gain.runs import Result, RunSettings, find_model, load_run, save_run
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """A Ray cluster to run on: see :func:`~dfine_plugin.benchmarks.cluster.run_on_cluster`."""
+    """A Ray cluster to run on: see :func:`~dfine_plugin.benchmarks.gain.cluster.run_on_cluster`."""
 
     address: str
     gpus_per_run: float = 0.0
@@ -48,7 +48,7 @@ def run_all(
     elif "WORLD_SIZE" in os.environ:
         errors = _run_here(missing, folder, console, models)
     elif cluster is not None:
-        from dfine_plugin.benchmarks.cluster import run_on_cluster
+        from dfine_plugin.benchmarks.gain.cluster import run_on_cluster
 
         errors = run_on_cluster(
             missing, folder, console, models, cluster.address, cluster.gpus_per_run, local_jobs=jobs
@@ -60,7 +60,7 @@ def run_all(
 
 
 def _run_here(runs: Sequence[RunSettings], folder: Path, console: Console, models: Path | None) -> dict[str, str]:
-    from dfine_plugin.benchmarks.training import train_run
+    from dfine_plugin.benchmarks.gain.training import train_run
 
     for run in runs:
         result = train_run(run, models=models)

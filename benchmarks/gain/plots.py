@@ -9,10 +9,10 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from dfine_plugin.benchmarks.evaluation import IOU_THRESHOLDS
-from dfine_plugin.benchmarks.report import variants_of
-from dfine_plugin.benchmarks.runs import Result
-from dfine_plugin.benchmarks.variants import BASELINE
+from dfine_plugin.benchmarks.gain.evaluation import IOU_THRESHOLDS
+from dfine_plugin.benchmarks.gain.report import variants_of
+from dfine_plugin.benchmarks.gain.runs import Result
+from dfine_plugin.benchmarks.gain.variants import BASELINE
 from dfine_plugin.writing import written_whole
 
 matplotlib.use("Agg")

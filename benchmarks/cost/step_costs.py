@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dfine_plugin import deploy, wrap_decoder
-from dfine_plugin.benchmarks.full_size_hosts import HOSTS
+from dfine_plugin.benchmarks.models.full_size_hosts import HOSTS
 from dfine_plugin.benchmarks.timing import now
 
 PARTS = ("forward", "criterion", "backward", "step")

@@ -12,8 +12,8 @@ from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 from torchvision.ops import batched_nms, box_convert
 
-from dfine_plugin.benchmarks.detection_data import DetectionData, normalise
-from dfine_plugin.benchmarks.evaluation import Detected, coco_metrics, read_out
+from dfine_plugin.benchmarks.data.detection_data import DetectionData, normalise
+from dfine_plugin.benchmarks.gain.evaluation import Detected, coco_metrics, read_out
 from dfine_plugin.boxes import edge_offsets, to_corners
 from dfine_plugin.record import FDRRecord
 from dfine_plugin.wrapping import binding_of, is_wrapped, keep_records

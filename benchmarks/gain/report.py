@@ -21,9 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from dfine_plugin.benchmarks.paired import PairedDifference, mean_and_spread, paired_difference
-from dfine_plugin.benchmarks.runs import Result
-from dfine_plugin.benchmarks.variants import BASELINE
+from dfine_plugin.benchmarks.gain.paired import PairedDifference, mean_and_spread, paired_difference
+from dfine_plugin.benchmarks.gain.runs import Result
+from dfine_plugin.benchmarks.gain.variants import BASELINE
 
 NONE = "-"  # a cell without a figure
 METRICS = ("AP", "AP50", "AP75", "AP90", "APs", "APm", "APl")
@@ -36,7 +36,7 @@ DIAGNOSIS = {
     "recall75": "recall at 0.75",
     "AP_within_bins": "AP with the best boxes that the bins allow",
 }
-"""What :func:`~dfine_plugin.benchmarks.diagnosis.diagnose` finds besides AP by layer, as columns."""
+"""What :func:`~dfine_plugin.benchmarks.gain.diagnosis.diagnose` finds besides AP by layer, as columns."""
 
 
 def by_seed(results: Sequence[Result], variant: str, metric: str) -> dict[int, float]:

@@ -16,14 +16,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.functional import to_pil_image
 
 from dfine_plugin import deploy, is_wrapped
-from dfine_plugin.benchmarks.full_size_hosts import HOSTS
+from dfine_plugin.benchmarks.data.shapes import make_shapes
+from dfine_plugin.benchmarks.gain.runs import RunSettings
+from dfine_plugin.benchmarks.gain.training import load_data
+from dfine_plugin.benchmarks.models.full_size_hosts import HOSTS
+from dfine_plugin.benchmarks.models.settled_hosts import settled_pair
 from dfine_plugin.benchmarks.options import name_and_path
-from dfine_plugin.benchmarks.quantisation import quantise
-from dfine_plugin.benchmarks.runners import OPENVINO_TYPES, TORCH_BACKENDS, Engine, OnnxRuntime, OpenVINO, Runner
-from dfine_plugin.benchmarks.runs import RunSettings
-from dfine_plugin.benchmarks.settled_hosts import settled_pair
-from dfine_plugin.benchmarks.shapes import make_shapes
-from dfine_plugin.benchmarks.training import load_data
+from dfine_plugin.benchmarks.speed.quantisation import quantise
+from dfine_plugin.benchmarks.speed.runners import OPENVINO_TYPES, TORCH_BACKENDS, Engine, OnnxRuntime, OpenVINO, Runner
 from dfine_plugin.checkpoints import open_checkpoint
 from dfine_plugin.export import build_engine, export_onnx
 from dfine_plugin.export.coco import CocoSplit

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dfine_plugin.benchmarks.detection_data import DetectionData
+from dfine_plugin.benchmarks.data.detection_data import DetectionData
 
 
 def read_split(folder: Path, split: str, height: int, width: int) -> DetectionData:

@@ -17,7 +17,7 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
-from dfine_plugin.benchmarks.backends import BACKENDS, CPU_BACKENDS, LOWERED
+from dfine_plugin.benchmarks.speed.backends import BACKENDS, CPU_BACKENDS, LOWERED
 from dfine_plugin.export import static_sizes
 from dfine_plugin.export.engine import find_backend
 from dfine_plugin.export.graph import inference_module

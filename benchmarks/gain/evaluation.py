@@ -12,7 +12,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 
-from dfine_plugin.benchmarks.detection_data import COCO_SIDES, DetectionData, normalise
+from dfine_plugin.benchmarks.data.detection_data import COCO_SIDES, DetectionData, normalise
 
 MAX_DETECTIONS = 100
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)

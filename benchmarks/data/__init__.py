@@ -1,0 +1,1 @@
+"""Images with their truths: made in memory, or read from a folder."""

@@ -1,0 +1,1 @@
+"""What the wrap brings: runs of training, their evaluation and diagnosis, reports."""

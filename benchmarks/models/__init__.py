@@ -1,0 +1,1 @@
+"""Hosts to compare: small, at full size, initialised as their authors do."""

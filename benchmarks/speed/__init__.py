@@ -1,0 +1,1 @@
+"""How fast deployed models are: what runs them, and the report."""
