@@ -22,11 +22,12 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from dfine_plugin.benchmarks.gain.runs import RunSettings, write_json, write_text
+from dfine_plugin.benchmarks.gain.runs import RunSettings
 from dfine_plugin.benchmarks.gain.scheduling import Cluster, run_all
 from dfine_plugin.benchmarks.gain.variants import BASELINE, DEFAULT_VARIANTS, parse_variants
 from dfine_plugin.benchmarks.models.hosts import HOSTS
 from dfine_plugin.benchmarks.options import check_data, check_device_name, check_fair_baseline, check_host_takes
+from dfine_plugin.benchmarks.reporting import write_json, write_text
 
 LONG_SEEDS = 10
 # The learning rate is tuned with seeds that no comparison uses, as factors of the host's own. With one seed alone a

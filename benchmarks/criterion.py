@@ -18,8 +18,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from dfine_plugin.benchmarks.gain.runs import write_json
 from dfine_plugin.benchmarks.options import check_device_name, find_device
+from dfine_plugin.benchmarks.reporting import write_json
 from dfine_plugin.writing import written_whole
 
 if TYPE_CHECKING:

@@ -36,9 +36,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from dfine_plugin.benchmarks.gain.runs import Result, write_json, write_text
 from dfine_plugin.benchmarks.models.full_size_hosts import HOSTS
 from dfine_plugin.benchmarks.options import check_data, check_device_name, check_host_takes, find_device
+from dfine_plugin.benchmarks.reporting import Result, write_json, write_text
 from dfine_plugin.benchmarks.speed.backends import BACKENDS, LOWERED, PRECISIONS
 from dfine_plugin.errors import DFinePluginError
 from dfine_plugin.targets import BACKENDS as ENGINE_BACKENDS
@@ -234,8 +234,8 @@ def _gpu(probe: GPUProbe) -> Mapping[str, Any]:
 
 def write_report(result: Result, output: Path, console: Console) -> None:
     """Write table, figures and plots to `output`, and print the table."""
-    from dfine_plugin.benchmarks.gain.plots import plot_ap_over_latency, plot_runs
     from dfine_plugin.benchmarks.speed.latency_report import latency_markdown
+    from dfine_plugin.benchmarks.speed.plots import plot_ap_over_latency, plot_runs
 
     table = latency_markdown(result)
     write_json(output / "latency.json", result)

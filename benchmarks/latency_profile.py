@@ -20,10 +20,9 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from dfine_plugin.benchmarks.gain.report import table_header, table_row
-from dfine_plugin.benchmarks.gain.runs import write_text
 from dfine_plugin.benchmarks.models.full_size_hosts import HOSTS
 from dfine_plugin.benchmarks.options import check_host_takes
+from dfine_plugin.benchmarks.reporting import table_header, table_row, write_text
 
 MADE = "(onnxruntime's own) "
 

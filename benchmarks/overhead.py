@@ -20,10 +20,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from dfine_plugin.benchmarks.gain.runs import write_json
 from dfine_plugin.benchmarks.models.detrex_configs import CALL_CUDA
 from dfine_plugin.benchmarks.models.full_size_hosts import HOSTS, NUM_CLASSES
 from dfine_plugin.benchmarks.options import check_device_name, check_host_takes, find_device
+from dfine_plugin.benchmarks.reporting import write_json
 
 
 def main(

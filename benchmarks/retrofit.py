@@ -24,20 +24,12 @@ import typer
 from rich.console import Console
 
 from dfine_plugin.benchmarks.gain.paired import PairedDifference, paired_difference
-from dfine_plugin.benchmarks.gain.report import (
-    METRICS,
-    every_seed,
-    figures,
-    gain,
-    table_header,
-    table_row,
-    variants_of,
-    verdict_of,
-)
-from dfine_plugin.benchmarks.gain.runs import Result, RetrofitSettings, write_json, write_text
+from dfine_plugin.benchmarks.gain.report import METRICS, every_seed, figures, gain, variants_of, verdict_of
+from dfine_plugin.benchmarks.gain.runs import RetrofitSettings
 from dfine_plugin.benchmarks.gain.scheduling import run_all
 from dfine_plugin.benchmarks.gain.variants import BASELINE, parse_variants
 from dfine_plugin.benchmarks.options import check_data, check_device_name, check_fair_baseline, check_host_takes
+from dfine_plugin.benchmarks.reporting import Result, table_header, table_row, write_json, write_text
 from dfine_plugin.benchmarks.trained_hosts import IMAGE_SIZE, STEPS, facts, find_trained
 
 DEFAULT_ROWS = f"{BASELINE} calibrated"

@@ -20,10 +20,10 @@ from rich.console import Console
 from rich.progress import track
 
 from dfine_plugin.benchmarks.gain.paired import PairedDifference, paired_difference
-from dfine_plugin.benchmarks.gain.report import table_header, table_row
-from dfine_plugin.benchmarks.gain.runs import Result, RunSettings, find_model, write_json, write_text
+from dfine_plugin.benchmarks.gain.runs import RunSettings, find_model
 from dfine_plugin.benchmarks.gain.variants import BASELINE
 from dfine_plugin.benchmarks.options import check_device_name, find_device
+from dfine_plugin.benchmarks.reporting import Result, table_header, table_row, write_json, write_text
 
 if TYPE_CHECKING:
     from dfine_plugin.benchmarks.data.detection_data import DetectionData

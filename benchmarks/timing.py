@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from dfine_plugin.benchmarks.gain.report import cpu_model
+from dfine_plugin.benchmarks.reporting import cpu_model
 
 
 def now(device: torch.device) -> float:

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from dfine_plugin.benchmarks.gain.runs import RunSettings, write_json
+from dfine_plugin.benchmarks.gain.runs import RunSettings
+from dfine_plugin.benchmarks.reporting import write_json
 
 if TYPE_CHECKING:
     from torch import nn

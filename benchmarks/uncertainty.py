@@ -20,8 +20,8 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from dfine_plugin.benchmarks.gain.runs import Result, write_json, write_text
 from dfine_plugin.benchmarks.options import check_data, check_device_name, find_device, name_and_path
+from dfine_plugin.benchmarks.reporting import Result, write_json, write_text
 
 if TYPE_CHECKING:
     from dfine_plugin.benchmarks.data.detection_data import DetectionData
@@ -69,7 +69,7 @@ def main(
     # from here on torch is needed, which takes seconds to import
     from dfine_plugin.benchmarks.gain.calibration_errors import summarise
     from dfine_plugin.benchmarks.gain.edge_errors import edge_errors
-    from dfine_plugin.benchmarks.gain.report import machine
+    from dfine_plugin.benchmarks.reporting import machine
     from dfine_plugin.checkpoints import input_size, open_checkpoint
     from dfine_plugin.errors import DFinePluginError
     from dfine_plugin.wrapping import is_wrapped

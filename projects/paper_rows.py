@@ -19,7 +19,7 @@ from typing import Annotated
 
 import typer
 
-from dfine_plugin.benchmarks.gain.report import table_header, table_row
+from dfine_plugin.benchmarks.reporting import table_header, table_row
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 KINDS = ("baseline", "dfine")

@@ -16,7 +16,8 @@ from typing import Any
 from rich.console import Console
 
 from dfine_plugin.benchmarks.gain import progress
-from dfine_plugin.benchmarks.gain.runs import Result, RunSettings, save_run
+from dfine_plugin.benchmarks.gain.runs import RunSettings, save_run
+from dfine_plugin.benchmarks.reporting import Result
 from dfine_plugin.installing import install_hint
 from dfine_plugin.writing import written_whole
 

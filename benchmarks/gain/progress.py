@@ -8,7 +8,8 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from dfine_plugin.benchmarks.gain.runs import Result, RunSettings
+from dfine_plugin.benchmarks.gain.runs import RunSettings
+from dfine_plugin.benchmarks.reporting import Result
 
 Message = tuple[str, int, float | None]
 """A run's key, steps done, AP where an evaluation was made."""

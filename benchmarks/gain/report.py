@@ -12,9 +12,7 @@ run that is faster is read at its end.
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -22,10 +20,9 @@ from typing import Any
 import numpy as np
 
 from dfine_plugin.benchmarks.gain.paired import PairedDifference, mean_and_spread, paired_difference
-from dfine_plugin.benchmarks.gain.runs import Result
 from dfine_plugin.benchmarks.gain.variants import BASELINE
+from dfine_plugin.benchmarks.reporting import NONE, Result, machine, table_header, table_row
 
-NONE = "-"  # a cell without a figure
 METRICS = ("AP", "AP50", "AP75", "AP90", "APs", "APm", "APl")
 CONVERGED = 0.05
 DIAGNOSIS = {
@@ -99,16 +96,6 @@ def _figure(values: dict[int, float]) -> str:
         return NONE
     mean, spread = mean_and_spread(list(values.values()))
     return f"{mean:.1f} ± {spread:.1f}" if len(values) > 1 else f"{mean:.1f}"
-
-
-def table_row(cells: Sequence[str]) -> str:
-    """A row of a Markdown table."""
-    return "| " + " | ".join(cells) + " |"
-
-
-def table_header(cells: Sequence[str]) -> list[str]:
-    """The first two lines of a Markdown table."""
-    return [table_row(cells), table_row(["---"] * len(cells))]
 
 
 def markdown(results: Sequence[Result], failures: Sequence[str] = ()) -> str:
@@ -275,23 +262,3 @@ def figures(results: Sequence[Result], command: str, tuning: dict[str, Any] | No
         "failures": list(failures),
         "runs": list(results),
     }
-
-
-def machine() -> dict[str, Any]:
-    """What figures were made with: versions, CPU and threads."""
-    import torch
-
-    return {
-        "versions": {name: version(name) for name in ("dfine-plugin", "torch", "transformers", "pycocotools")},
-        "machine": {"cpu": cpu_model(), "python": platform.python_version(), "threads": torch.get_num_threads()},
-    }
-
-
-def cpu_model() -> str:
-    """The CPU's own name where the system tells it."""
-    information = Path("/proc/cpuinfo")
-    if information.is_file():
-        for line in information.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

@@ -5,14 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from dfine_plugin.benchmarks.reporting import Result, write_json
 from dfine_plugin.writing import written_whole
-
-Result = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -113,14 +111,3 @@ def save_model(folder: Path, settings: RunSettings, model: Any) -> None:
     with written_whole(folder / settings.key()) as part:
         model.save_pretrained(part)
         processor.save_pretrained(part)
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write whole: a reader, or a stop in between, never meets half a file."""
-    write_text(path, json.dumps(content, indent=1))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write whole, as :func:`write_json` does."""
-    with written_whole(path) as part:
-        part.write_text(text)

@@ -16,7 +16,8 @@ from threading import Thread
 from rich.console import Console
 
 from dfine_plugin.benchmarks.gain import progress
-from dfine_plugin.benchmarks.gain.runs import Result, RunSettings, find_model, load_run, save_run
+from dfine_plugin.benchmarks.gain.runs import RunSettings, find_model, load_run, save_run
+from dfine_plugin.benchmarks.reporting import Result
 
 
 @dataclass(frozen=True)

@@ -28,10 +28,11 @@ from dfine_plugin.benchmarks.data.shapes import make_shapes
 from dfine_plugin.benchmarks.gain.diagnosis import diagnose
 from dfine_plugin.benchmarks.gain.ema import make_ema
 from dfine_plugin.benchmarks.gain.evaluation import coco_metrics, detect
-from dfine_plugin.benchmarks.gain.runs import Result, RetrofitSettings, RunSettings, code_digest, save_model
+from dfine_plugin.benchmarks.gain.runs import RetrofitSettings, RunSettings, code_digest, save_model
 from dfine_plugin.benchmarks.gain.variants import fdr_settings, is_calibrated
 from dfine_plugin.benchmarks.models.detrex_hosts import without_cuda_calls
 from dfine_plugin.benchmarks.models.hosts import HOSTS, build_host
+from dfine_plugin.benchmarks.reporting import Result
 from dfine_plugin.benchmarks.trained_hosts import load_trained
 
 # Seeds of the embedded data: the same images for every run, and none of them in both splits.

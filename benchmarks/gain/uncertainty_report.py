@@ -8,8 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from dfine_plugin.benchmarks.gain.paired import mean_and_spread
-from dfine_plugin.benchmarks.gain.report import table_header, table_row
-from dfine_plugin.benchmarks.gain.runs import Result
+from dfine_plugin.benchmarks.reporting import Result, table_header, table_row
 
 INTERVALS = {"deviation": "factor * deviation", "side": "factor * the box's side", "constant": "constant"}
 

@@ -6,8 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from dfine_plugin.benchmarks.gain.report import NONE, table_header, table_row
-from dfine_plugin.benchmarks.gain.runs import Result
+from dfine_plugin.benchmarks.reporting import NONE, Result, table_header, table_row
 from dfine_plugin.export.parity import LARGEST_MOVE
 
 PUBLISHED_T4 = {

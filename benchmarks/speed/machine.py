@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dfine_plugin.benchmarks.gain.report import cpu_model
+from dfine_plugin.benchmarks.reporting import cpu_model
 from dfine_plugin.benchmarks.timing import device_name
 
 PACKAGES = (

@@ -15,8 +15,9 @@ from rich.console import Console
 
 from dfine_plugin import load_pretrained
 from dfine_plugin.benchmarks.gain.report import markdown
-from dfine_plugin.benchmarks.gain.runs import Result, RunSettings
+from dfine_plugin.benchmarks.gain.runs import RunSettings
 from dfine_plugin.benchmarks.gain.scheduling import Cluster, run_all
+from dfine_plugin.benchmarks.reporting import Result
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: the extra 'cluster'")
 

@@ -13,7 +13,8 @@ from torch import nn
 
 from dfine_plugin import load_pretrained
 from dfine_plugin.benchmarks.gain.plots import plot_ap_over_steps
-from dfine_plugin.benchmarks.gain.runs import RunSettings, find_model, load_run, save_model, save_run, write_text
+from dfine_plugin.benchmarks.gain.runs import RunSettings, find_model, load_run, save_model, save_run
+from dfine_plugin.benchmarks.reporting import write_text
 from dfine_plugin.benchmarks.robustness import find_models
 
 from ..adapters.hosts import randomise_fdr, wrapped

@@ -16,9 +16,9 @@ from typer import Typer
 from typer.testing import CliRunner
 
 from dfine_plugin.benchmarks import latency
-from dfine_plugin.benchmarks.gain.runs import Result
 from dfine_plugin.benchmarks.latency import read_ap
 from dfine_plugin.benchmarks.models.full_size_hosts import HOSTS
+from dfine_plugin.benchmarks.reporting import Result
 from dfine_plugin.benchmarks.speed import runners, subjects
 from dfine_plugin.benchmarks.speed.backends import BACKENDS, CPU_BACKENDS, LOWERED, PRECISIONS
 from dfine_plugin.benchmarks.speed.interleaving import interleave, paired_ratio, summarise
