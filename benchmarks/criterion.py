@@ -20,7 +20,7 @@ from rich.table import Table
 
 from dfine_plugin.benchmarks.options import check_device_name, find_device
 from dfine_plugin.benchmarks.reporting import write_json
-from dfine_plugin.writing import written_whole
+from dfine_plugin.tools.writing import written_whole
 
 if TYPE_CHECKING:
     import torch

@@ -41,7 +41,7 @@ from dfine_plugin.benchmarks.options import check_data, check_device_name, check
 from dfine_plugin.benchmarks.reporting import Result, write_json, write_text
 from dfine_plugin.benchmarks.speed.backends import BACKENDS, LOWERED, PRECISIONS
 from dfine_plugin.errors import DFinePluginError
-from dfine_plugin.targets import BACKENDS as ENGINE_BACKENDS
+from dfine_plugin.tools.targets import BACKENDS as ENGINE_BACKENDS
 
 if TYPE_CHECKING:
     import torch

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from dfine_plugin.image_sizes import RT_DETR_STRIDES, check_image_size
+from dfine_plugin.tools.image_sizes import RT_DETR_STRIDES, check_image_size
 
 if TYPE_CHECKING:
     import torch

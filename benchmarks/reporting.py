@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from dfine_plugin.writing import written_whole
+from dfine_plugin.tools.writing import written_whole
 
 Result = dict[str, Any]
 NONE = "-"  # a cell without a figure

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 
-from .installing import install_hint
+from .tools.installing import install_hint
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from dfine_plugin.errors import first_line
-from dfine_plugin.image_sizes import RT_DETR_STRIDES, check_image_size
+from dfine_plugin.tools.image_sizes import RT_DETR_STRIDES, check_image_size
 
 from ..host_parts import Host
 from .config import make, parts, read_config

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForObjectDetec
 from transformers.utils import IMAGE_PROCESSOR_NAME, logging
 
 from dfine_plugin.errors import first_line
-from dfine_plugin.image_sizes import check_image_size
+from dfine_plugin.tools.image_sizes import check_image_size
 
 from ..host_parts import Host
 from .saving import SETTINGS, load_pretrained

@@ -24,8 +24,8 @@ from transformers.utils.hub import get_checkpoint_shard_files
 
 from dfine_plugin import __version__
 from dfine_plugin.config import FDRConfig
+from dfine_plugin.tools.writing import written_whole
 from dfine_plugin.wrapping import binding_of, deploy, wrap_decoder
-from dfine_plugin.writing import written_whole
 
 from ..host_parts import Host
 

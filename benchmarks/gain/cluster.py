@@ -18,8 +18,8 @@ from rich.console import Console
 from dfine_plugin.benchmarks.gain import progress
 from dfine_plugin.benchmarks.gain.runs import RunSettings, save_run
 from dfine_plugin.benchmarks.reporting import Result
-from dfine_plugin.installing import install_hint
-from dfine_plugin.writing import written_whole
+from dfine_plugin.tools.installing import install_hint
+from dfine_plugin.tools.writing import written_whole
 
 LOCAL = "local"
 """In place of a cluster's address: a cluster of this machine alone, for this command alone."""

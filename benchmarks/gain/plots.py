@@ -12,7 +12,7 @@ from dfine_plugin.benchmarks.gain.evaluation import IOU_THRESHOLDS
 from dfine_plugin.benchmarks.gain.report import variants_of
 from dfine_plugin.benchmarks.gain.variants import BASELINE
 from dfine_plugin.benchmarks.reporting import Result
-from dfine_plugin.writing import written_whole
+from dfine_plugin.tools.writing import written_whole
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

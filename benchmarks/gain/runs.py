@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dfine_plugin.benchmarks.reporting import Result, write_json
-from dfine_plugin.writing import written_whole
+from dfine_plugin.tools.writing import written_whole
 
 
 @dataclass(frozen=True)

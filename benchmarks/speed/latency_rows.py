@@ -17,7 +17,7 @@ from dfine_plugin.benchmarks.speed.runners import Runner
 from dfine_plugin.benchmarks.speed.subjects import Subject
 from dfine_plugin.export import measure_parity
 from dfine_plugin.export.parity import LARGEST_MOVE, Detections, torch_detections
-from dfine_plugin.targets import BACKENDS as ENGINE_BACKENDS
+from dfine_plugin.tools.targets import BACKENDS as ENGINE_BACKENDS
 
 CONFIDENT = 0.3
 """The score from which on a detection counts in parity."""

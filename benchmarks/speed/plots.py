@@ -10,7 +10,7 @@ import matplotlib
 import numpy as np
 
 from dfine_plugin.benchmarks.reporting import Result
-from dfine_plugin.writing import written_whole
+from dfine_plugin.tools.writing import written_whole
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

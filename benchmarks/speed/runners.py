@@ -22,8 +22,8 @@ from dfine_plugin.export import static_sizes
 from dfine_plugin.export.engine import find_backend
 from dfine_plugin.export.graph import inference_module
 from dfine_plugin.export.parity import Detections, best_detections
-from dfine_plugin.installing import install_hint
-from dfine_plugin.targets import BACKENDS as ENGINE_BACKENDS
+from dfine_plugin.tools.installing import install_hint
+from dfine_plugin.tools.targets import BACKENDS as ENGINE_BACKENDS
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 

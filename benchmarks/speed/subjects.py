@@ -30,9 +30,9 @@ from dfine_plugin.export.coco import CocoSplit
 from dfine_plugin.export.engine import check_precision
 from dfine_plugin.export.graph import inference_module
 from dfine_plugin.export.parity import torch_detections
-from dfine_plugin.pictures import read_picture
 from dfine_plugin.registry import find_adapter
-from dfine_plugin.targets import BACKENDS as ENGINE_BACKENDS
+from dfine_plugin.tools.pictures import read_picture
+from dfine_plugin.tools.targets import BACKENDS as ENGINE_BACKENDS
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png")
 NUM_SCENES = 2

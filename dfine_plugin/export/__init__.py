@@ -1,6 +1,6 @@
 """From a trained model to ONNX and to engines, with a measure of what changed on the way (extra ``export``)."""
 
-from ..installing import install_hint
+from ..tools.installing import install_hint
 
 try:
     from .culprit import find_culprit

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..installing import install_hint
+from ..tools.installing import install_hint
 from .parity import Detections
 
 

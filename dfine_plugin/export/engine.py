@@ -13,8 +13,8 @@ from typing import Any
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
-from ..targets import BACKENDS, compute_capability
-from ..writing import written_whole
+from ..tools.targets import BACKENDS, compute_capability
+from ..tools.writing import written_whole
 from .precision import PRECISIONS
 
 

@@ -18,8 +18,8 @@ from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from .. import __version__
 from ..errors import WrapStateError
 from ..registry import find_adapter
+from ..tools.writing import written_whole
 from ..wrapping import binding_of, deploy
-from ..writing import written_whole
 from .postprocess import DetectorWithDeviations, DetectorWithPostprocess
 from .precision import to_precision
 from .static_sizes import static_sizes

@@ -37,7 +37,7 @@ from dfine_plugin.benchmarks.speed.subjects import Subject, find_subjects
 from dfine_plugin.benchmarks.trained_hosts import facts, find_trained
 from dfine_plugin.checkpoints import open_checkpoint
 from dfine_plugin.export.parity import Detections, torch_detections
-from dfine_plugin.targets import BACKENDS as ENGINE_BACKENDS
+from dfine_plugin.tools.targets import BACKENDS as ENGINE_BACKENDS
 
 from ..adapters.hosts import IMAGE_SIZE, NUM_LAYERS, build, wrapped
 from ..adapters.transformers_hosts import HOSTS as SMALL_HOSTS

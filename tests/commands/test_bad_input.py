@@ -16,10 +16,10 @@ from transformers import BertConfig
 from typer.testing import CliRunner
 
 from dfine_plugin.checkpoints import open_checkpoint
-from dfine_plugin.cli import main
-from dfine_plugin.commands import app
 from dfine_plugin.export import coco
-from dfine_plugin.pictures import read_picture
+from dfine_plugin.tools.cli import main
+from dfine_plugin.tools.commands import app
+from dfine_plugin.tools.pictures import read_picture
 
 from ..adapters.hosts import build, wrapped
 from ..adapters.transformers_hosts import HOSTS

@@ -13,8 +13,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from dfine_plugin.checkpoints import open_checkpoint
-from dfine_plugin.commands import app
-from dfine_plugin.installing import install_hint
+from dfine_plugin.tools.commands import app
+from dfine_plugin.tools.installing import install_hint
 
 from ..adapters.hosts import IMAGE_SIZE, wrapped
 from ..adapters.transformers_hosts import HOSTS

@@ -14,9 +14,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from dfine_plugin import FDRConfig
-from dfine_plugin.commands import app
 from dfine_plugin.distributions import edge_distributions
-from dfine_plugin.show import COLOURS, Detection, draw_detections, read_detections
+from dfine_plugin.tools.commands import app
+from dfine_plugin.tools.show import COLOURS, Detection, draw_detections, read_detections
 from dfine_plugin.wrapping import predict_distributions
 
 from ..adapters.hosts import NUM_LAYERS, build, images, wrapped

@@ -8,14 +8,14 @@ from importlib.metadata import version
 import pytest
 
 import dfine_plugin
-from dfine_plugin.installing import install_hint
+from dfine_plugin.tools.installing import install_hint
 
 SLOW = ("torch", "torchvision", "transformers", "scipy", "onnxruntime", "onnx_ir", "matplotlib", "pycocotools")
 WITHIN = 2.0
 """Seconds of processor time, which busy neighbours do not lengthen much."""
 
 COMMANDS = {
-    "dfine_plugin.cli": ["export", "build-engine", "show"],
+    "dfine_plugin.tools.cli": ["export", "build-engine", "show"],
     "dfine_plugin.benchmarks.ablation": [],
     "dfine_plugin.benchmarks.retrofit": [],
     "dfine_plugin.benchmarks.trained_hosts": [],
@@ -34,8 +34,8 @@ module, slow = sys.argv[1], json.loads(sys.argv[2])
 sys.argv[1:] = sys.argv[3:]
 code = 0
 try:
-    if module == "dfine_plugin.cli":
-        from dfine_plugin.cli import main
+    if module == "dfine_plugin.tools.cli":
+        from dfine_plugin.tools.cli import main
         main()
     else:
         runpy.run_module(module, run_name="__main__")
@@ -67,8 +67,8 @@ def test_help_comes_at_once(call: tuple[str, ...]) -> None:
 
 
 WRONG = [
-    ("dfine_plugin.cli", "show", "--layers", "some"),
-    ("dfine_plugin.cli", "export", "--model", "m", "--image-size", "0"),
+    ("dfine_plugin.tools.cli", "show", "--layers", "some"),
+    ("dfine_plugin.tools.cli", "export", "--model", "m", "--image-size", "0"),
     ("dfine_plugin.benchmarks.ablation", "--host", "yolo"),
     ("dfine_plugin.benchmarks.ablation", "--variants", "N=15"),
     ("dfine_plugin.benchmarks.retrofit", "--rows", "default"),
@@ -94,7 +94,7 @@ def test_wrong_arguments_are_told_at_once(call: tuple[str, ...]) -> None:
 
 
 def test_the_version_is_the_packages() -> None:
-    assert start("dfine_plugin.cli", "--version")[::3] == (0, f"dfine-plugin {version('dfine-plugin')} ")
+    assert start("dfine_plugin.tools.cli", "--version")[::3] == (0, f"dfine-plugin {version('dfine-plugin')} ")
     assert dfine_plugin.__version__ == version("dfine-plugin")
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dfine_plugin.image_sizes import RT_DETR_STRIDES, check_image_size
+from dfine_plugin.tools.image_sizes import RT_DETR_STRIDES, check_image_size
 
 
 def test_what_does_not_fit_is_told_with_what_does() -> None:

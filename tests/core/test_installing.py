@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from dfine_plugin import installing
+from dfine_plugin.tools import installing
 
-ROOT = Path(installing.__file__).parents[1]
+ROOT = Path(installing.__file__).parents[2]
 
 
 class Distribution:

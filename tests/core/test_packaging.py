@@ -91,7 +91,7 @@ def test_the_distributions_are_whole_and_work_without_the_checkout(tmp_path: Pat
         "from dfine_plugin.benchmarks.trained_hosts import load_trained\n"
         "print(dfine_plugin.wrap_decoder(load_trained('rt-detr')).__class__.__name__, dfine_plugin.__file__)\n"
         "sys.argv = ['dfine-plugin', '--version']\n"
-        "from dfine_plugin.cli import main; main()"
+        "from dfine_plugin.tools.cli import main; main()"
     )
     # without site: an editable install would help out
     result = subprocess.run([sys.executable, "-S", "-c", run], capture_output=True, text=True, cwd=tmp_path, check=True)

@@ -27,7 +27,7 @@ from dfine_plugin import FDRHead, is_wrapped, load_pretrained, registry, weighti
 from dfine_plugin.benchmarks.data.detection_data import TrainingView, collate
 from dfine_plugin.benchmarks.data.shapes import make_shapes
 from dfine_plugin.benchmarks.trained_hosts import TRAINED, load_trained
-from dfine_plugin.commands import app as dfine_plugin_app
+from dfine_plugin.tools.commands import app as dfine_plugin_app
 
 from ..adapters.detrex_hosts import missing
 from ..coco_folder import SIDE, write_coco

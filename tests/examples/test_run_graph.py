@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from dfine_plugin import load_pretrained, wrap_decoder
 from dfine_plugin.benchmarks.data.shapes import make_shapes
 from dfine_plugin.benchmarks.trained_hosts import load_trained
-from dfine_plugin.commands import app
+from dfine_plugin.tools.commands import app
 
 from ..coco_folder import SIDE
 from .conftest import EXAMPLES

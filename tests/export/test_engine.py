@@ -9,7 +9,7 @@ import torch
 from dfine_plugin import wrap_decoder
 from dfine_plugin.benchmarks.models.full_size_hosts import HOSTS
 from dfine_plugin.export import build_engine, engine, export_onnx
-from dfine_plugin.targets import compute_capability
+from dfine_plugin.tools.targets import compute_capability
 
 from ..adapters.hosts import IMAGE_SIZE, wrapped
 from ..adapters.transformers_hosts import HOSTS as SMALL_HOSTS

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dfine_plugin.targets import GPUS, compute_capability
+from dfine_plugin.tools.targets import GPUS, compute_capability
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from onnx import helper
 
 from dfine_plugin.benchmarks.speed.runners import Engine
 from dfine_plugin.export import build_engine, engine
-from dfine_plugin.targets import BACKENDS
+from dfine_plugin.tools.targets import BACKENDS
 
 from .tensorrt_api import lines
 from .tensorrt_stand_in import StandIn

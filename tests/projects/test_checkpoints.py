@@ -158,7 +158,7 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_commands_take_it(tmp_path: Path) -> None:
-    from dfine_plugin.commands import app
+    from dfine_plugin.tools.commands import app
 
     written_by_the_trainer(tmp_path, "deformable_detr")
     photos = tmp_path / "photos"

@@ -12,7 +12,7 @@ def install_hint(extra: str) -> str:
     # a build leaves metadata in its checkout, which come first where the checkout is on the path
     found = [installed.read_text("direct_url.json") for installed in distributions(name="dfine-plugin")]
     if not found:  # imported from its checkout
-        return f"pip install '{Path(__file__).resolve().parents[1]}[{extra}]'"
+        return f"pip install '{Path(__file__).resolve().parents[2]}[{extra}]'"
     source = next(filter(None, found), None)
     if source is None:
         return f"pip install 'dfine-plugin[{extra}]'"

@@ -16,8 +16,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Polygon, Rectangle
 from torch import Tensor
 
-from .distributions import EdgeDistributions, edge_distributions
-from .record import FDRRecord
+from ..distributions import EdgeDistributions, edge_distributions
+from ..record import FDRRecord
 
 EDGES = ("left", "top", "right", "bottom")
 # Okabe and Ito's: told apart by colour-blind readers, too.

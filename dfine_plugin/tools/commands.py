@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import __version__
-from .errors import DFinePluginError
+from .. import __version__
+from ..errors import DFinePluginError
 from .targets import compute_capability
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from .checkpoints import Checkpoint
+    from ..checkpoints import Checkpoint
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
@@ -150,12 +150,12 @@ def export(
     """Write a model as ONNX, and compare its detections with torch's on images; exits with 3 where they differ."""
     from tempfile import TemporaryDirectory
 
-    from .checkpoints import input_size
-    from .export import export_onnx, find_culprit, measure_parity
-    from .export.coco import CocoSplit
-    from .export.parity import LARGEST_MOVE, NUM_DETECTIONS, onnx_detections, torch_detections
+    from ..checkpoints import input_size
+    from ..export import export_onnx, find_culprit, measure_parity
+    from ..export.coco import CocoSplit
+    from ..export.parity import LARGEST_MOVE, NUM_DETECTIONS, onnx_detections, torch_detections
+    from ..wrapping import deploy
     from .pictures import read_picture
-    from .wrapping import deploy
 
     with _told("--data"):
         split = CocoSplit.read(data) if data else None
@@ -225,7 +225,7 @@ def build_engine(
     ] = None,
 ) -> None:
     """Build a TensorRT engine."""
-    from .export.engine import build_engine
+    from ..export.engine import build_engine
 
     path = output or onnx.with_suffix(f".{target or 'local'}.engine")
     try:
@@ -256,8 +256,8 @@ def show(
     """Draw detections with the distribution of each edge, before and after W, and its standard deviation."""
     import numpy as np
 
+    from ..wrapping import predict_distributions
     from .show import draw_detections, read_detections
-    from .wrapping import predict_distributions
     from .writing import written_whole
 
     picture = _picture(image, "--image")
@@ -289,7 +289,7 @@ def _told(option: str | None = None) -> Iterator[None]:
 
 def _open(path: Path, size: tuple[int, int] | None, trust: list[str] | None) -> Checkpoint:
     """The checkpoint at a path, for images of a size: nothing of its weights is read."""
-    from .checkpoints import open_checkpoint
+    from ..checkpoints import open_checkpoint
 
     with _told("--model"):
         checkpoint = open_checkpoint(path, trust or ())
@@ -301,7 +301,7 @@ def _open(path: Path, size: tuple[int, int] | None, trust: list[str] | None) -> 
 
 def _load(checkpoint: Checkpoint) -> Any:
     """A checkpoint's model."""
-    from .registry import find_adapter
+    from ..registry import find_adapter
 
     with _told("--model"):
         model = checkpoint.load()
