@@ -141,6 +141,7 @@ def markdown(results: Sequence[Result], failures: Sequence[str] = ()) -> str:
         ]
     lines += diagnosis(results)
     lines += gains_by_depth(results)
+    lines += losses_over_baseline(results)
     lines += every_seed(results, failures)
     if len({r["code"] for r in results}) > 1:
         lines += ["", "These runs were made with different states of the plugin's code."]
@@ -211,6 +212,33 @@ def gains_by_depth(results: Sequence[Result]) -> list[str]:
         "AP of the first decoder layers alone, as `deploy(model, num_layers=k)` leaves them, over the AP of the whole "
         "baseline, paired. Their latency: `python -m dfine_plugin.benchmarks.latency --num-layers`, on the models that "
         "`--save-models` keeps.",
+    ]
+
+
+def losses_over_baseline(results: Sequence[Result]) -> list[str]:
+    """A table of each variant's loss and gradient norm over the baseline's, by quarters; the lines of Markdown."""
+    logs = {(r["settings"]["variant"], r["settings"]["seed"]): r["losses"] for r in results if r.get("losses")}
+
+    def means(variant: str, seeds: Sequence[int], key: str) -> list[float]:
+        values = np.array([[point[key] for point in logs[variant, seed]] for seed in seeds]).mean(axis=0)
+        return [float(quarter.mean()) for quarter in np.array_split(values, 4)]
+
+    rows = []
+    for variant in variants_of(results):
+        seeds = [seed for name, seed in logs if name == variant and (BASELINE, seed) in logs]
+        if variant != BASELINE and seeds:
+            ratios = [
+                ours / theirs
+                for key in ("loss", "grad_norm")
+                for ours, theirs in zip(means(variant, seeds, key), means(BASELINE, seeds, key), strict=True)
+            ]
+            rows.append(table_row([variant, *(f"{ratio:.2f}" for ratio in ratios)]))
+    if not rows:
+        return []
+    header = ["variant", *(f"{name}, quarter {n}" for name in ("loss", "gradient") for n in range(1, 5))]
+    return [
+        *("", "### Loss and gradient", "", *table_header(header), *rows, ""),
+        "The sum of all losses, and its gradient's norm before clipping, over the baseline's; means over the seeds.",
     ]
 
 

@@ -15,6 +15,7 @@ from dfine_plugin.benchmarks.gain.report import (
     gains_by_depth,
     has_converged,
     late_growth,
+    losses_over_baseline,
     markdown,
 )
 
@@ -158,3 +159,17 @@ def test_the_table_has_every_row_seed_and_failure() -> None:
     assert f"| baseline | 4 | {mean:.1f} ± {spread:.1f} |" in text
     assert "| 3 | 46.00 | - |" in text
     assert "- fdr-seed3: RuntimeError: the loss is not finite" in text
+
+
+def test_loss_and_gradient_are_compared_quarter_by_quarter() -> None:
+    """Two points a quarter; the variant's loss is the quarter's number times the baseline's, its gradient 1.5 times."""
+    both = runs([1.0, 3.0])
+    for run in both:
+        host = 10.0 + run["settings"]["seed"]
+        by, gradient = (1, 1.5) if run["settings"]["variant"] == "fdr" else (0, 1)
+        run["losses"] = [{"loss": host * (i // 2 + 1) ** by, "grad_norm": host * gradient} for i in range(8)]
+    *_, row, _, _ = losses_over_baseline(both)
+    assert row == "| fdr | 1.00 | 2.00 | 3.00 | 4.00 | 1.50 | 1.50 | 1.50 | 1.50 |"
+    del both[0]["losses"]  # its twin is left out, too
+    assert row in losses_over_baseline(both)
+    assert losses_over_baseline(runs([1.0])) == []  # no run has a log
