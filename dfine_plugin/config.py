@@ -101,6 +101,8 @@ class FDRConfig:
     @classmethod
     def from_dict(cls, settings: dict[str, Any]) -> FDRConfig:
         """The inverse of :meth:`to_dict`. Raises ``ValueError`` on an unknown version or setting."""
+        if not isinstance(settings, dict):
+            raise ValueError(f"settings of an FDRConfig are a dict, got {settings!r}")
         settings = dict(settings)
         version = settings.pop("version", VERSION)
         if version != VERSION:

@@ -190,12 +190,14 @@ class FDRHead(nn.Module):
             SettingsMismatchError: names those that differ.
         """
         own = self.get_extra_state()
+        if not isinstance(state, Tensor) or not state.is_floating_point() or state.shape != own.shape:
+            raise SettingsMismatchError("what the state dict has for the settings of its FDR head is not that")
         # state dicts get cast and averaged in many ways
         rounding = max(torch.finfo(state.dtype).eps, 1e-6)
         differing = [
             f"{name} {_said(name, there)} (this model: {_said(name, here)})"
             for name, there, here in zip(STORED_SETTINGS, state.tolist(), own.tolist(), strict=True)
-            if abs(there - here) > rounding * abs(here)
+            if not abs(there - here) <= rounding * abs(here)  # nor is NaN
         ]
         if differing:
             raise SettingsMismatchError(

@@ -54,14 +54,21 @@ def _check_structure(
     targets: Sequence[Mapping[str, Any]], labels_key: str, boxes_key: str, num_images: int | None
 ) -> None:
     """What shapes and types alone tell."""
-    if not isinstance(targets, Sequence):
+    if not isinstance(targets, Sequence) or isinstance(targets, str):
         raise InvalidTargetError(f"labels must be a list with one mapping an image, got a {type(targets).__name__}")
     if num_images is not None and len(targets) != num_images:
         raise InvalidTargetError(f"labels of {len(targets)} images for a batch of {num_images}")
     for image, target in enumerate(targets):
+        if not isinstance(target, Mapping):
+            raise InvalidTargetError(f"image {image}: its labels must be a mapping, got a {type(target).__name__}")
         if missing := [key for key in (labels_key, boxes_key) if key not in target]:
-            raise InvalidTargetError(f"image {image}: no {' and no '.join(missing)} among {', '.join(target)}")
+            raise InvalidTargetError(
+                f"image {image}: no {' and no '.join(missing)} among {', '.join(map(str, target))}"
+            )
         labels, boxes = target[labels_key], target[boxes_key]
+        for key, value in ((labels_key, labels), (boxes_key, boxes)):
+            if not isinstance(value, Tensor):
+                raise InvalidTargetError(f"image {image}: {key} must be a tensor, got a {type(value).__name__}")
         if boxes.shape == (0,):
             boxes = boxes.reshape(0, 4)
         if boxes.ndim != 2 or boxes.shape[1] != 4 or labels.shape != boxes.shape[:1]:

@@ -188,8 +188,8 @@ def load_pretrained(path: str | Path, **kwargs: Any) -> Host:
     hub = {name: kwargs[name] for name in _HUB if name in kwargs}
     config = AutoConfig.from_pretrained(path, **hub)
     settings = getattr(config, SETTINGS, None)
-    if settings is None:
-        raise ValueError(f"{path} holds no wrapped model: its config.json has no {SETTINGS!r}")
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} holds no wrapped model: its config.json has no {SETTINGS!r} of one")
     host_class = _host_class(config.architectures[0], path)
     deployed = settings.pop(DEPLOYED, None)
     delattr(config, SETTINGS)

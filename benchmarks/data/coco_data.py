@@ -23,6 +23,10 @@ def read_split(folder: Path, split: str, height: int, width: int) -> DetectionDa
     Crowd regions are no training targets, but stay in the ground truth, where COCO's rules ignore what they hold.
     Images without annotations stay, too. Boxes are cut at the image's edge; those left without area are dropped.
     Evaluation is in pixels of the original images.
+
+    Raises:
+        FileNotFoundError: the folder has no such split.
+        ValueError: what it has is not in COCO's format, or an image cannot be read.
     """
     path = folder / f"instances_{split}.json"
     if not path.is_file():
@@ -30,7 +34,15 @@ def read_split(folder: Path, split: str, height: int, width: int) -> DetectionDa
             f"{path} not found: --data takes 'shapes' or a folder with instances_train.json, "
             "instances_val.json and images/"
         )
-    coco: dict[str, Any] = json.loads(path.read_text())
+    try:
+        return _read(json.loads(path.read_text()), folder / "images", height, width)
+    # whatever stumbles on a file that holds something else
+    except Exception as error:
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        raise ValueError(f"{path} cannot be read as a data set in COCO's format: {reason}") from error
+
+
+def _read(coco: dict[str, Any], images: Path, height: int, width: int) -> DetectionData:
     categories = sorted(coco["categories"], key=lambda category: category["id"])
     label = {category["id"]: index for index, category in enumerate(categories)}
     truths: dict[int, list[tuple[list[float], int]]] = {image["id"]: [] for image in coco["images"]}
@@ -42,7 +54,7 @@ def read_split(folder: Path, split: str, height: int, width: int) -> DetectionDa
         box = _relative_box(annotation["bbox"], *sizes[annotation["image_id"]])
         if not annotation["iscrowd"] and box[2] > 0 and box[3] > 0:
             truths[annotation["image_id"]].append((box, label[annotation["category_id"]]))
-    pixels = [_read_image(folder / "images" / image["file_name"], height, width) for image in coco["images"]]
+    pixels = [_read_image(images / image["file_name"], height, width) for image in coco["images"]]
     return DetectionData(
         images=torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous(),
         boxes=[torch.tensor([box for box, _ in t], dtype=torch.float32).reshape(-1, 4) for t in truths.values()],

@@ -1,0 +1,204 @@
+"""Hosts of random legal settings, on random images and truths, through the whole life of a wrapped model.
+
+Few examples, and always the same ones; ``DFINE_EXAMPLES=100`` draws so many new ones for each test.
+"""
+
+import copy
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, note, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from transformers import (
+    DeformableDetrConfig,
+    DeformableDetrForObjectDetection,
+    ResNetConfig,
+    RTDetrConfig,
+    RTDetrForObjectDetection,
+    RTDetrResNetConfig,
+    RTDetrV2Config,
+    RTDetrV2ForObjectDetection,
+)
+
+from dfine_plugin import FDRConfig, deploy, load_pretrained, unwrap_decoder, wrap_decoder
+from dfine_plugin.record import in_scope
+
+from .hosts import NUM_CLASSES, build, randomise_fdr
+from .transformers_hosts import _BACKBONE, _DEFORMABLE, _RT_DETR, TransformersHost
+
+LAW = settings(
+    max_examples=int(os.environ.get("DFINE_EXAMPLES", "3")),
+    derandomize="DFINE_EXAMPLES" not in os.environ,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],  # shrinking would train models for minutes
+)
+RT_DETRS = {
+    "rt-detr": (RTDetrConfig, RTDetrForObjectDetection),
+    "rt-detr-v2": (RTDetrV2Config, RTDetrV2ForObjectDetection),
+}
+DEFORMABLES = {"two-stage": (True, True), "refine": (False, True), "plain": (False, False)}
+
+
+@dataclass(repr=False)
+class Case:
+    """A host's settings, the plugin's, and a batch."""
+
+    host: TransformersHost
+    config: FDRConfig
+    images: Tensor
+    labels: list[dict[str, Tensor]]
+
+
+def _build(family: str, layers: int, queries: int, heads: int, **others: Any) -> nn.Module:
+    common = {"decoder_layers": layers, "num_queries": queries, "decoder_attention_heads": heads, **others}
+    if family in RT_DETRS:
+        config, model = RT_DETRS[family]
+        return model(config(backbone_config=RTDetrResNetConfig(**_BACKBONE), **{**_RT_DETR, **common}))
+    two_stage, refine = DEFORMABLES[family]
+    config = DeformableDetrConfig(
+        backbone_config=ResNetConfig(**_BACKBONE),
+        two_stage=two_stage,
+        with_box_refine=refine,
+        **{**_DEFORMABLE, **common, "two_stage_num_proposals": queries},
+    )
+    return DeformableDetrForObjectDetection(config).requires_grad_(True)
+
+
+def _boxes(draw: st.DrawFn, count: int, shortest: float) -> Tensor:
+    """``(count, 4)``, from a pixel to the whole image, some at its border."""
+    unit = st.floats(0, 1, width=32)
+    sides = torch.tensor([[draw(unit), draw(unit)] for _ in range(count)]).reshape(-1, 2)
+    sides = shortest + sides.square() * (1 - shortest)
+    where = torch.tensor([[draw(unit), draw(unit)] for _ in range(count)]).reshape(-1, 2)
+    return torch.cat([sides / 2 + where * (1 - sides), sides], dim=1)
+
+
+@st.composite
+def cases(draw: st.DrawFn, family: str) -> Case:
+    """Everything that a host of the family takes."""
+    is_rt_detr = family in RT_DETRS
+    # others than RT-DETR declare ties that a single layer does not have, and cannot be built
+    queries, layers = draw(st.integers(2, 12)), draw(st.integers(1 if family == "rt-detr" else 2, 6))
+    others: dict[str, Any] = {"auxiliary_loss": draw(st.booleans())}
+    if is_rt_detr:
+        others["num_denoising"] = draw(st.sampled_from([0, 6, 20]))
+    else:
+        others["num_feature_levels"] = draw(st.integers(3, 4))  # the backbone has three
+    # RT-DETR merges levels, and wants multiples of 32; norms want more than one pixel of the coarsest level
+    coarsest = 32 if others.get("num_feature_levels", 3) == 3 else 64
+    side = st.integers(2, 4).map(lambda n: 32 * n) if is_rt_detr else st.integers(coarsest + 1, 120)
+    height, width = draw(side), draw(side)
+    heads = draw(st.sampled_from([1, 2, 4]))
+    note(f"{family}: {layers} layers, {queries} queries, {heads} heads, {others}, {height} x {width}")
+    host = TransformersHost(family, lambda: _build(family, layers, queries, heads, **others), is_rt_detr)
+    flags = {name: draw(st.booleans()) for name in ("union", "ddf", "lqe")}
+    config = FDRConfig(num_bins=draw(st.sampled_from([4, 16, 32])), box_refinement=family == "plain", **flags)
+    counts = draw(st.lists(st.integers(0, queries + 3), min_size=1, max_size=4))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    labels = [
+        {
+            "class_labels": torch.randint(0, NUM_CLASSES, (count,), generator=generator),
+            "boxes": _boxes(draw, count, 1 / max(height, width)),
+        }
+        for count in counts
+    ]
+    return Case(host, config, torch.rand(len(counts), 3, height, width, generator=generator), labels)
+
+
+def losses(case: Case, model: nn.Module, order: list[int] | None = None) -> dict[str, Tensor]:
+    """All terms for the batch, or for its images in another order."""
+    order = list(range(len(case.images))) if order is None else order
+    torch.manual_seed(5)  # of denoising queries
+    terms = case.host.losses(model, case.images[order], [case.labels[i] for i in order])[1]
+    assert not in_scope()
+    return terms
+
+
+def without_gradient(case: Case, model: nn.Module) -> set[str]:
+    torch.manual_seed(5)
+    case.host.loss(model.train(), case.images, case.labels).backward()
+    found = {name for name, p in model.named_parameters() if p.requires_grad and p.grad is None}
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    model.zero_grad()
+    return found
+
+
+@torch.no_grad()
+def predictions(case: Case, model: nn.Module) -> tuple[Tensor, ...]:
+    found = case.host.predict(model.eval(), case.images)
+    assert all(tensor.isfinite().all() for tensor in found)
+    return found
+
+
+def assert_same(case: Case, first: nn.Module, second: nn.Module) -> None:
+    """All weights bit for bit; predictions to rounding, which for small images depends on where tensors lie."""
+    weights, others = first.state_dict(), second.state_dict()
+    assert weights.keys() == others.keys()
+    assert [name for name in weights if not torch.equal(weights[name], others[name])] == []
+    assert_close(predictions(case, first), predictions(case, second))
+
+
+def assert_close(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> None:
+    for found, wanted in zip(first, second, strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [*RT_DETRS, *DEFORMABLES])
+@LAW
+@given(st.data())
+def test_the_life_of_a_wrapped_host(family: str, data: st.DataObject) -> None:
+    """Trains, with a gradient wherever the bare host has one; saves, loads, deploys and unwraps as it was."""
+    case = data.draw(cases(family))
+    bare = build(case.host)
+    with_bare = without_gradient(case, copy.deepcopy(bare))
+
+    model = wrap_decoder(copy.deepcopy(bare), case.config)
+    randomise_fdr(case.host, model)
+    twin = copy.deepcopy(model)
+    assert without_gradient(case, model) <= with_bare
+    optimizer = torch.optim.SGD(model.parameters(), 1e-4)
+    total = case.host.loss(model.train(), case.images, case.labels)
+    assert total.isfinite()
+    total.backward()
+    optimizer.step()
+
+    with TemporaryDirectory() as folder:
+        model.save_pretrained(Path(folder))
+        assert_same(case, load_pretrained(folder), model)
+    assert_close(predictions(case, deploy(copy.deepcopy(model))), predictions(case, model))
+    assert_same(case, unwrap_decoder(twin), bare)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [*RT_DETRS, *DEFORMABLES])
+@LAW
+@given(st.data())
+def test_the_order_of_images_and_truths_and_an_image_without_truths(family: str, data: st.DataObject) -> None:
+    """Neither order changes a term; one image more, without truths, changes none of the pairs'."""
+    case = data.draw(cases(family))
+    model = wrap_decoder(build(case.host), case.config)
+    randomise_fdr(case.host, model)
+    with torch.no_grad():
+        expected = losses(case, model.eval())
+        moved = losses(case, model, data.draw(st.permutations(range(len(case.images)))))
+        for truths in case.labels:
+            order = data.draw(st.permutations(range(len(truths["boxes"]))))
+            truths.update({name: tensor[order] for name, tensor in truths.items()})
+        reordered = losses(case, model)
+        case.images = torch.cat([case.images, torch.zeros_like(case.images[:1])])
+        case.labels.append({"class_labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4)})
+        longer = losses(case, model)
+    for name, term in expected.items():
+        torch.testing.assert_close(moved[name], term, rtol=1e-3, atol=1e-5, msg=name)
+        if not case.config.union:  # which breaks ties between truths by their number
+            torch.testing.assert_close(reordered[name], term, rtol=1e-3, atol=1e-5, msg=name)
+        if name.startswith(("loss_bbox", "loss_giou", "loss_fgl")):
+            torch.testing.assert_close(longer[name], reordered[name], rtol=1e-3, atol=1e-5, msg=name)
