@@ -46,6 +46,8 @@ LEFT_OUT = {
     "pip install": "the packages are those of this environment",
     "pre-commit install": "it changes the checkout",
     "pytest": "it runs this test",
+    "python -m pytest": "other tests than this one",
+    "DFINE_": "the same, longer",
     ".ci/run": "it runs this test",
     "CONFIGS=": "wants detrex: tests/projects/test_train_net.py runs its trainer",
     "python tools/train_net.py": "wants detrex: tests/projects/test_train_net.py",

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from dfine_plugin.checkpoints import input_size, open_checkpoint
 
-from ..adapters.detrex.hosts import missing
+from ..adapters.detrex_hosts import missing
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.detrex, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
