@@ -151,6 +151,12 @@ def prediction_set(logits: Tensor, boxes: Tensor) -> dict[str, Tensor]:
     return {"logits": logits, "pred_boxes": boxes}
 
 
+def weighted_total(losses: Mapping[str, Tensor], weights: Mapping[str, float], suffixes: Iterable[str]) -> Tensor:
+    """The sum of the terms that a loss dict has by these names, with each of the suffixes, each with its weight."""
+    names = [(name + suffix, weight) for suffix in suffixes for name, weight in weights.items()]
+    return torch.stack([weight * losses[name] for name, weight in names if name in losses]).sum()
+
+
 def _refuse_loss(*_: Any, **__: Any) -> None:
     raise WrapStateError("a deployed model is for inference only: call it without labels")
 

@@ -158,13 +158,8 @@ class DeformableDetrGOLSDLoss:
             "loss_fgl": self.config.fgl_weight,
             "loss_ddf": self.config.ddf_weight,
         }
-        weighted = [
-            weight * losses[name + suffix]
-            for suffix in [*suffixes, "_pre"]
-            for name, weight in weights.items()
-            if name + suffix in losses
-        ]
-        return torch.stack(weighted).sum(), losses, auxiliary or None
+        total = hf.weighted_total(losses, weights, [*suffixes, "_pre"])
+        return total, losses, auxiliary or None
 
 
 @register_adapter("transformers.models.deformable_detr.modeling_deformable_detr.DeformableDetrForObjectDetection")

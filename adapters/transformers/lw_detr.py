@@ -224,13 +224,8 @@ class LwDetrGOLSDLoss:
             "loss_fgl": self.config.fgl_weight,
             "loss_ddf": self.config.ddf_weight,
         }
-        weighted = [
-            weight * losses[name + suffix]
-            for suffix in [*suffixes, "_pre", "_enc"]
-            for name, weight in weights.items()
-            if name + suffix in losses
-        ]
-        return torch.stack(weighted).sum(), losses, auxiliary or None
+        total = hf.weighted_total(losses, weights, [*suffixes, "_pre", "_enc"])
+        return total, losses, auxiliary or None
 
 
 @register_adapter("transformers.models.lw_detr.modeling_lw_detr.LwDetrForObjectDetection")
