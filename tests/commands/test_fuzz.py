@@ -55,6 +55,7 @@ def assert_names(path: Path, error: Exception) -> None:
     assert str(path) in str(error)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of what is wrong with the file
 @LAW
 @given(kind=st.sampled_from(["PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF"]), data=st.data())
 def test_a_picture_is_read_or_refused(kind: str, data: st.DataObject, tmp_path: Path) -> None:
