@@ -19,8 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dfine_plugin.benchmarks.options import check_device_name, find_device
-from dfine_plugin.benchmarks.reporting import write_json
-from dfine_plugin.tools.writing import written_whole
+from dfine_plugin.benchmarks.reporting import save_figure, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -118,8 +117,7 @@ def _report(rows: list[dict[str, Any]], sizes: Sizes, device: torch.device, outp
     axes.set_ylabel("seconds, forward and backward")
     axes.legend()
     figure.tight_layout()
-    with written_whole(output / "criterion.png") as part:
-        figure.savefig(part, dpi=120)
+    save_figure(figure, output / "criterion.png", dpi=120)
     console.print(table)
     console.print(f"{about}; written to {output}: criterion.json, criterion.png")
 

@@ -7,9 +7,12 @@ import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dfine_plugin.tools.writing import written_whole
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Result = dict[str, Any]
 NONE = "-"  # a cell without a figure
@@ -24,6 +27,15 @@ def write_text(path: Path, text: str) -> None:
     """Write whole, as :func:`write_json` does."""
     with written_whole(path) as part:
         part.write_text(text)
+
+
+def save_figure(figure: Figure, path: Path, dpi: int = 150) -> None:
+    """Write a picture whole, and close it."""
+    from matplotlib import pyplot
+
+    with written_whole(path) as part:
+        figure.savefig(part, dpi=dpi)
+    pyplot.close(figure)
 
 
 def table_row(cells: Sequence[str]) -> str:

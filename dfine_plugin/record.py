@@ -15,12 +15,15 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from types import FrameType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from .uncertainty import edge_deviations
+
+if TYPE_CHECKING:
+    from .head import Refinement
 
 
 @dataclass
@@ -45,6 +48,15 @@ class FDRRecord:
     reference_logits: list[Tensor] = field(default_factory=list)
     quality_logits: list[Tensor] = field(default_factory=list)
     initial_logits: Tensor | None = None
+
+    def add(self, refined: "Refinement", quality_logits: Tensor | None = None) -> None:
+        """Take in the next layer: its distributions and boxes, and what LQE adds to its class logits, if it is to be
+        looked up."""
+        assert refined.corner_logits is not None
+        self.corner_logits.append(refined.corner_logits)
+        self.boxes.append(refined.boxes)
+        if quality_logits is not None:
+            self.quality_logits.append(quality_logits)
 
     def queries(self, part: slice) -> "FDRRecord":
         """The record of a part of the queries, such as the denoising ones, as the loss reads it."""

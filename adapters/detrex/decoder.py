@@ -50,14 +50,9 @@ class Progress:
         assert self.state is not None
         layer = len(self.record.boxes)
         self.state = self.fdr(layer, hidden_states, self.state)
-        assert self.state.corner_logits is not None
         assert self.state.probabilities is not None
-        self.record.corner_logits.append(self.state.corner_logits)
-        self.record.boxes.append(self.state.boxes)
+        self.record.add(self.state, self.fdr.quality_logits(layer, self.state.probabilities))
         self.record.reference_logits.append(self.reference_logits)
-        quality = self.fdr.quality_logits(layer, self.state.probabilities)
-        if quality is not None:
-            self.record.quality_logits.append(quality)
         delta = logit(self.state.boxes.detach()) - self.reference_logits
         # the host's arithmetic, step by step: bit for bit the logits that it will add next
         self.reference_logits = inverse_sigmoid((delta + self.reference_logits).detach().sigmoid())

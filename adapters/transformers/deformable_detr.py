@@ -71,11 +71,7 @@ class FDRDeformableDetrDecoder(host.DeformableDetrDecoder):
             state = self.fdr(index, hidden_states, state)
             added = references[-1] if references else reference  # by the model, to what its box head gives
             record.reference_logits.append(recomputed_boxes.four(host.inverse_sigmoid(added)))
-            record.corner_logits.append(state.corner_logits)
-            record.boxes.append(state.boxes)
-            quality = self.fdr.quality_logits(index, state.probabilities)
-            if quality is not None:
-                record.quality_logits.append(quality)
+            record.add(state, self.fdr.quality_logits(index, state.probabilities))
             reference = state.boxes.detach().to(reference.dtype)
             hidden.append(hidden_states)
             references.append(recomputed_boxes.finite_logits(reference))

@@ -115,11 +115,7 @@ class RefiningAfterwards:
         record = FDRRecord(self.fdr.weights, initial_boxes)
         for index, hidden_states in enumerate(hidden):
             state = self.fdr(index, hidden_states, state)
-            record.corner_logits.append(state.corner_logits)
-            record.boxes.append(state.boxes)
-            quality = self.fdr.quality_logits(index, state.probabilities)
-            if quality is not None:
-                record.quality_logits.append(quality)
+            record.add(state, self.fdr.quality_logits(index, state.probabilities))
         leave_record(record)
         if self.deployed:
             delta = deltas(state.boxes, references)
@@ -146,8 +142,8 @@ class UnionLwDetrLoss(union_criterion.UnionCriterion, LwDetrImageLoss):
 
     def solve(self, sets: Sequence[SetToMatch], cost: MatchingCost, check: FiniteCheck) -> list[Pairs]:
         """Match group by group, each a set of its own; the groups' pairs with the queries' places among all."""
-        places = torch.arange(sets[0].boxes.shape[1]).split(sets[0].boxes.shape[1] // self.group_detr)
-        groups = [slice(int(own[0]), int(own[-1]) + 1) for own in places[: self.group_detr]]
+        size = sets[0].boxes.shape[1] // self.group_detr
+        groups = [slice(start, start + size) for start in range(0, size * self.group_detr, size)]
         parts = [one._replace(logits=one.logits[:, g], boxes=one.boxes[:, g]) for one in sets for g in groups]
         matches = iter(match_sets(parts, cost, check))
         return [_joined([next(matches) for _ in groups], [g.start for g in groups]) for _ in sets]

@@ -73,8 +73,7 @@ class RefiningLoop:
                 if quality is not None:
                     logits = logits + quality.to(logits.dtype)
                 class_logits.append(logits)
-            record.corner_logits.append(state.corner_logits)
-            record.boxes.append(state.boxes)
+            record.add(state)
 
         leave_record(record)
         return {

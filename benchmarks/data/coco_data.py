@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from dfine_plugin.benchmarks.data.detection_data import DetectionData
+from dfine_plugin.errors import first_line
 
 
 def read_split(folder: Path, split: str, height: int, width: int) -> DetectionData:
@@ -38,7 +39,7 @@ def read_split(folder: Path, split: str, height: int, width: int) -> DetectionDa
         return _read(json.loads(path.read_text()), folder / "images", height, width)
     # whatever stumbles on a file that holds something else
     except Exception as error:
-        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        reason = f"{type(error).__name__}: {first_line(error)}"
         raise ValueError(f"{path} cannot be read as a data set in COCO's format: {reason}") from error
 
 

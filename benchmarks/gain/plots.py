@@ -11,8 +11,7 @@ import numpy as np
 from dfine_plugin.benchmarks.gain.evaluation import IOU_THRESHOLDS
 from dfine_plugin.benchmarks.gain.report import variants_of
 from dfine_plugin.benchmarks.gain.variants import BASELINE
-from dfine_plugin.benchmarks.reporting import Result
-from dfine_plugin.tools.writing import written_whole
+from dfine_plugin.benchmarks.reporting import Result, save_figure
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -37,9 +36,7 @@ def plot_ap_over_steps(results: Sequence[Result], path: Path) -> None:
     axes.set_title(_title(results), fontsize=10)
     axes.legend()
     axes.grid(alpha=0.3)
-    with written_whole(path) as part:
-        figure.savefig(part, dpi=150)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def plot_ap_per_threshold(results: Sequence[Result], path: Path) -> None:
@@ -65,9 +62,7 @@ def plot_ap_per_threshold(results: Sequence[Result], path: Path) -> None:
     top.legend()
     for axes in (top, bottom):
         axes.grid(alpha=0.3)
-    with written_whole(path) as part:
-        figure.savefig(part, dpi=150)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def plot_robustness(scores: Mapping[str, Mapping[str, Mapping[int, float]]], path: Path) -> None:
@@ -84,9 +79,7 @@ def plot_robustness(scores: Mapping[str, Mapping[str, Mapping[int, float]]], pat
         axes.grid(alpha=0.3)
     np.atleast_1d(rows)[0].set_ylabel("AP (band: one standard deviation)")
     np.atleast_1d(rows)[-1].legend(fontsize=8)
-    with written_whole(path) as part:
-        figure.savefig(part, dpi=150)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def plot_uncertainty(result: Result, path: Path) -> None:
@@ -107,9 +100,7 @@ def plot_uncertainty(result: Result, path: Path) -> None:
         axes.grid(alpha=0.3)
     left.legend(fontsize=7)
     figure.suptitle(f"deviations of edges on {Path(result['settings']['data']).name}", fontsize=10)
-    with written_whole(path) as part:
-        figure.savefig(part, dpi=150)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def _title(results: Sequence[Result]) -> str:

@@ -9,8 +9,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from dfine_plugin.benchmarks.reporting import Result
-from dfine_plugin.tools.writing import written_whole
+from dfine_plugin.benchmarks.reporting import Result, save_figure
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -26,9 +25,7 @@ def plot_runs(latencies: Result, path: Path) -> None:
     axes.set(xlabel="round", ylabel="ms (line: median)", title=_latency_title(latencies), ylim=(0, None))
     figure.legend(fontsize=8, loc="outside right upper")
     axes.grid(alpha=0.3)
-    with written_whole(path) as part:
-        figure.savefig(part, dpi=150)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def plot_ap_over_latency(latencies: Result, path: Path) -> None:
@@ -42,9 +39,7 @@ def plot_ap_over_latency(latencies: Result, path: Path) -> None:
     axes.set(xlabel="ms (bar: to the 95th percentile)", ylabel="AP", title=_latency_title(latencies), xlim=(0, None))
     figure.legend(fontsize=8, loc="outside right upper")
     axes.grid(alpha=0.3)
-    with written_whole(path) as part:
-        figure.savefig(part, dpi=150)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def _row_label(row: Mapping[str, Any]) -> str:
