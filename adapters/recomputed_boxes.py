@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dfine_plugin.boxes import straight_through_clamp
-from dfine_plugin.record import current_record
+from dfine_plugin.record import FDRRecord, current_record, current_scope
 
 from .host_parts import Host, Retired, recast, sharing_copy
 
@@ -67,6 +67,34 @@ class RecordedClassifier(nn.Linear):
         return logits + record.quality_logits[self.level].to(logits.dtype)
 
 
+class StackedBoxHead(nn.Module):
+    """In place of a model's box head for all levels: their refined boxes, as the deltas that the model expects."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """``(L, B, Q, 4)``."""
+        record = current_record()
+        deltas = [logit(boxes) - logits for boxes, logits in zip(record.boxes, record.reference_logits, strict=True)]
+        return torch.stack(deltas)
+
+
+class StackedClassifier(nn.Linear):
+    """The model's class head for all levels, with the record's location quality added to its logits."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """``(L, B, Q, classes)`` for the states of all levels, ``(B, Q, classes)`` for the last level's."""
+        record = current_record()
+        logits = super().forward(hidden_states)
+        of_all = hidden_states.ndim == 4
+        if record.initial_logits is None:
+            record.initial_logits = (
+                logits[0] if of_all else super().forward(current_scope().progress.first_hidden_states)
+            )
+        if not record.quality_logits:
+            return logits
+        quality = torch.stack(record.quality_logits) if of_all else record.quality_logits[-1]
+        return logits + quality.to(logits.dtype)
+
+
 class DeployedBoxHead(nn.Module):
     """Takes the box delta out of the channels that a deployed decoder adds to its hidden states."""
 
@@ -92,6 +120,18 @@ def with_channels(hidden_states: Tensor, box_delta: Tensor, quality_logits: Sequ
     """What :class:`DeployedBoxHead` and :class:`DeployedClassifier` read: hidden states with box and quality behind."""
     further = (box_delta, *quality_logits[-1:])
     return torch.cat([hidden_states, *(part.to(hidden_states.dtype) for part in further)], dim=-1)
+
+
+def last_level(record: FDRRecord, hidden_states: Tensor, reference_logits: Tensor) -> Tensor:
+    """The last of ``(L, B, Q, C)`` hidden states, ``(1, B, Q, C + ...)``, by :func:`with_channels`.
+
+    Args:
+        record: of the forward.
+        hidden_states: of all levels.
+        reference_logits: ``(B, Q, 4)``, what the model will add.
+    """
+    delta = logit(record.boxes[-1]) - reference_logits
+    return with_channels(hidden_states[-1], delta, record.quality_logits)[None]
 
 
 def level_heads(heads: Sequence[nn.Module], twin: type[nn.Module]) -> list[Any]:
@@ -132,9 +172,35 @@ def replace_heads(model: Host, decoder: str, num_layers: int, decoder_heads: lis
     retired.replace(model, "class_embed", nn.ModuleList([*labels, *classes[num_layers:]]))
 
 
+def replace_shared_heads(
+    model: Host, decoder_head: str, box_head: str, twin: type[nn.Module], num_layers: int, retired: Retired
+) -> None:
+    """For hosts with one box head for all layers, which stays, to locate the initial boxes: nothing retires.
+
+    Args:
+        model: the host, with ``class_embed``, one for all layers as well.
+        decoder_head: the dotted name by which the decoder asks for boxes.
+        box_head: the name by which the model asks for them; of the same parameters.
+        twin: the class that the decoder's head becomes.
+        num_layers: L.
+        retired: takes note.
+    """
+    retired.box_heads = [model.get_submodule(box_head)] * (num_layers - 1)
+    for name, other in ((decoder_head, twin), (box_head, StackedBoxHead), ("class_embed", StackedClassifier)):
+        head = sharing_copy(model.get_submodule(name))
+        recast(head, other)
+        retired.replace(model, name, head)
+
+
 def replace_heads_by_deployed(model: Host, num_layers: int) -> None:
     """Leave the model one level: heads that read what :func:`with_channels` gives them."""
     classifier = model.class_embed[num_layers - 1]
     recast(classifier, DeployedClassifier)
     model.class_embed = nn.ModuleList([classifier])
     model.bbox_embed = nn.ModuleList([DeployedBoxHead(classifier.in_features)])
+
+
+def replace_shared_heads_by_deployed(model: Host, box_head: str) -> None:
+    """The same for a model with one box head, of this name, and one class head for all levels."""
+    recast(model.class_embed, DeployedClassifier)
+    setattr(model, box_head, DeployedBoxHead(model.class_embed.in_features))

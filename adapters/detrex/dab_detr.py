@@ -5,51 +5,25 @@ The decoder calls its box head once a layer, the model once on all layers' norme
 
 from typing import Any, ClassVar
 
-import torch
-from detrex.layers import MLP
 from detrex.modeling import SetCriterion
 from detrex.utils import inverse_sigmoid
 from projects.dab_detr.modeling import DabDetrTransformerDecoder
 from torch import Tensor, nn
 
-from dfine_plugin.record import FDRRecord, current_record, current_scope
+from dfine_plugin.record import FDRRecord
 from dfine_plugin.registry import register_adapter
 
 from .. import host_parts, recomputed_boxes
-from ..recomputed_boxes import logit
 from .adapter import DECODER, DetrexAdapter
 from .criterion import GOLSDCriterion
-from .decoder import RefiningDecoder
+from .decoder import InitialBoxHead, RefiningDecoder
 
 
-class SharedRefiningBoxHead(MLP):
-    """The decoder's only box head: locates the initial boxes when first called in a run, refines at every call."""
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        progress = current_scope().progress
-        hidden_states = hidden_states.transpose(0, 1)  # (B, Q, C)
-        if progress.record is None:
-            progress.begin(super().forward(hidden_states))
-        return progress.refine(hidden_states).transpose(0, 1)
-
-
-class StackedBoxHead(MLP):
-    """The model's box head: the refined boxes of all levels, as the deltas the model expects; ``(L, B, Q, 4)``."""
+class SharedBoxHead(InitialBoxHead):
+    """The decoder's only box head, which gets ``(Q, B, C)``."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        record = current_record()
-        deltas = [logit(boxes) - logits for boxes, logits in zip(record.boxes, record.reference_logits, strict=True)]
-        return torch.stack(deltas)
-
-
-class StackedClassifier(nn.Linear):
-    """The model's class head on all levels, with the record's location quality added; ``(L, B, Q, classes)``."""
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        logits = super().forward(hidden_states)
-        record = current_record()
-        record.initial_logits = logits[0]
-        return logits + torch.stack(record.quality_logits).to(logits.dtype) if record.quality_logits else logits
+        return super().forward(hidden_states.transpose(0, 1)).transpose(0, 1)
 
 
 class QueriesFirstDecoder(RefiningDecoder):
@@ -58,9 +32,9 @@ class QueriesFirstDecoder(RefiningDecoder):
     def initial_reference_logits(self, **inputs: Any) -> Tensor:
         return inverse_sigmoid(inputs["anchor_box_embed"].sigmoid()).transpose(0, 1)
 
-    def last_level(self, record: FDRRecord, hidden_states: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
-        delta = logit(record.boxes[-1]) - record.reference_logits[-1]
-        return recomputed_boxes.with_channels(hidden_states[-1], delta, record.quality_logits)[None], references[-1:]
+    def last_level(self, record: FDRRecord, outputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        hidden_states, references = outputs
+        return recomputed_boxes.last_level(record, hidden_states, record.reference_logits[-1]), references[-1:]
 
 
 class SharedBoxHeadAdapter(DetrexAdapter):
@@ -72,19 +46,12 @@ class SharedBoxHeadAdapter(DetrexAdapter):
         return model.bbox_embed
 
     def attach_heads(self, model: Any, num_layers: int, retired: host_parts.Retired) -> None:
-        retired.box_heads = [model.bbox_embed] * (num_layers - 1)
-        for name, twin in (
-            (f"{DECODER}.bbox_embed", SharedRefiningBoxHead),
-            ("bbox_embed", StackedBoxHead),
-            ("class_embed", StackedClassifier),
-        ):
-            head = host_parts.sharing_copy(model.get_submodule(name))
-            host_parts.recast(head, twin)
-            retired.replace(model, name, head)
+        recomputed_boxes.replace_shared_heads(
+            model, f"{DECODER}.bbox_embed", "bbox_embed", SharedBoxHead, num_layers, retired
+        )
 
     def deploy_heads(self, model: Any) -> None:
-        host_parts.recast(model.class_embed, recomputed_boxes.DeployedClassifier)
-        model.bbox_embed = recomputed_boxes.DeployedBoxHead(model.class_embed.in_features)
+        recomputed_boxes.replace_shared_heads_by_deployed(model, "bbox_embed")
 
 
 class FDRDabDetrDecoder(QueriesFirstDecoder, DabDetrTransformerDecoder):

@@ -36,6 +36,8 @@ class TransformersAdapter:
     decoder = "model.decoder"
     decoder_classes: ClassVar[dict[type[nn.Module], type[nn.Module]]]
     """From each host decoder class to its subclass that refines distributions."""
+    hidden_dim: ClassVar[str] = "d_model"
+    """The config's name for C, the width of the decoder's hidden states."""
 
     def make_loss(self, config: FDRConfig) -> Callable[..., Any]:
         """A plain callable with the signature of the host's loss function."""
@@ -71,7 +73,7 @@ class TransformersAdapter:
         with torch.device("meta"):
             twin(decoder.config)  # transformers learns at construction which outputs a class can record
         retired.recast(model, "model.decoder", twin)
-        decoder.fdr = FDRHead(model.config.d_model, len(decoder.layers), config).to(parameter)
+        decoder.fdr = FDRHead(getattr(model.config, self.hidden_dim), len(decoder.layers), config).to(parameter)
         decoder.fdr.train(decoder.training)
         retie(model)
         saving.note_settings(model, config)

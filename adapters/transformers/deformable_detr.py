@@ -116,13 +116,15 @@ class DeformableDetrGOLSDLoss:
         device: torch.device,
         pred_boxes: Tensor,
         config: Any,
-        outputs_class: Tensor,
-        outputs_coord: Tensor,
+        outputs_class: Tensor | None = None,
+        outputs_coord: Tensor | None = None,
         **_: Any,
     ) -> tuple[Tensor, dict[str, Tensor], list[dict[str, Tensor]] | None]:
         record = current_record()
         labels = hf.with_boxes_in_rows(labels)
-        layers = [hf.prediction_set(*layer) for layer in zip(outputs_class, outputs_coord, strict=True)]
+        layers = [hf.prediction_set(logits, pred_boxes)]
+        if outputs_class is not None and outputs_coord is not None:
+            layers = [hf.prediction_set(*layer) for layer in zip(outputs_class, outputs_coord, strict=True)]
         assert record.initial_logits is not None
         initial = hf.prediction_set(record.initial_logits, record.initial_boxes)
         named = {**union_criterion.layer_names(layers, record), "the initial boxes": initial}

@@ -57,21 +57,6 @@ class RecordedLwDetrBoxHead(RecordedBoxHead, modeling_lw_detr.LwDetrMLPPredictio
     """LW-DETR's box head."""
 
 
-class RecordedClassifier(nn.Linear):
-    """The model's class head, with the record's location quality added to its logits."""
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """Logits of the last layer, or of all layers, as for :class:`RecordedBoxHead`."""
-        record = current_record()
-        logits = super().forward(hidden_states)
-        if record.initial_logits is None:
-            record.initial_logits = super().forward(current_scope().progress.first_hidden_states)
-        if not record.quality_logits:
-            return logits
-        quality = record.quality_logits[-1] if hidden_states.ndim == 3 else torch.stack(record.quality_logits)
-        return logits + quality.to(logits.dtype)
-
-
 @dataclass
 class Progress:
     """What decoder and heads hand to one another in a forward.
@@ -248,7 +233,7 @@ class LwDetrAdapter(hf.TransformersAdapter):
     def attach_heads(self, model: host_parts.Host, config: FDRConfig, retired: hf.Retired) -> None:
         retired.box_heads = [model.bbox_embed] * (len(model.model.decoder.layers) - 1)
         retired.recast(model, "bbox_embed", self.box_head_classes[type(model.bbox_embed)])
-        retired.recast(model, "class_embed", RecordedClassifier)
+        retired.recast(model, "class_embed", recomputed_boxes.StackedClassifier)
 
     def begin(self, model: host_parts.Host, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         super().begin(model, args, kwargs)
@@ -260,8 +245,7 @@ class LwDetrAdapter(hf.TransformersAdapter):
         own = {twin: host_class for host_class, twin in self.box_head_classes.items()}
         host_parts.recast(head, own[type(head)])
         decoder.bbox_embed, decoder.deployed = head, True
-        host_parts.recast(model.class_embed, recomputed_boxes.DeployedClassifier)
-        model.bbox_embed = recomputed_boxes.DeployedBoxHead(model.class_embed.in_features)
+        recomputed_boxes.replace_shared_heads_by_deployed(model, "bbox_embed")
 
     def host_boxes(
         self, model: host_parts.Host, layer: int, hidden_states: Tensor, reference: Tensor

@@ -151,6 +151,28 @@ def deformable_detr_two_stage(class_names: list[str], num_queries: int) -> nn.Mo
     return _deformable_detr(class_names, num_queries, two_stage=True)
 
 
+@host("dab-detr", learning_rate=1e-3)
+def dab_detr(class_names: list[str], num_queries: int) -> nn.Module:
+    """DAB-DETR, 0.6 M parameters: dense attention on one level, of stride 16; learned boxes for queries."""
+    from transformers import DabDetrConfig, DabDetrForObjectDetection, ResNetConfig
+
+    config = DabDetrConfig(
+        backbone_config=ResNetConfig(**{**_RESNET, "out_features": ["stage3"]}),
+        hidden_size=64,
+        encoder_layers=1,
+        encoder_ffn_dim=128,
+        encoder_attention_heads=4,
+        decoder_layers=3,
+        decoder_ffn_dim=128,
+        decoder_attention_heads=4,
+        num_queries=num_queries,
+        auxiliary_loss=True,
+        dropout=0.0,
+        **_labels(class_names),
+    )
+    return DabDetrForObjectDetection(config)
+
+
 @host("lw-detr", learning_rate=1e-3)
 def lw_detr(class_names: list[str], num_queries: int) -> nn.Module:
     """LW-DETR, 0.5 M parameters: a ViT of four layers, two levels, three groups of queries."""

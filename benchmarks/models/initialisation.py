@@ -28,12 +28,13 @@ def initialise_from_scratch(model: nn.Module) -> None:
       the encoder's output; zeros in the last layers of box heads.
     - Deformable-DETR (official `DeformableDETR`): Xavier in all of encoder, decoder and input projections; zeros in the
       last layers of box heads, whose first one starts at sides of sigmoid(-2) where references have no sides.
+    - DAB-DETR (official `DABDETR`): Xavier in all of encoder and decoder; zeros in the last layer of the box head.
     - LW-DETR (official `LWDETR`): the ViT as transformers draws it; Xavier in all of the decoder and in the encoder's
       output; zeros in references' offsets and in the last layers of box heads; the encoder's heads as copies of the
       model's.
     - Class biases: the focal loss's prior.
 
-    Deformable-DETR's backbone comes frozen in part, BatchNorm included: it trains.
+    The backbones of Deformable-DETR and DAB-DETR come frozen in part, BatchNorm included: they train.
     """
     _unfreeze(model)
     kind = getattr(getattr(model, "config", None), "model_type", "")
@@ -45,12 +46,14 @@ def initialise_from_scratch(model: nn.Module) -> None:
         if isinstance(module, nn.Conv2d) and "backbone" in name and kind != "lw_detr":
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     for module in drawn.values():
-        if hasattr(module, "q_proj") and hasattr(module, "o_proj"):
+        if hasattr(module, "q_proj"):
             _initialise_attention(module)
     if kind.startswith("rt_detr"):
         _initialise_rt_detr(model)
     elif kind == "deformable_detr":
         _initialise_deformable_detr(model)
+    elif kind == "dab-detr":
+        _initialise_dab_detr(model)
     elif kind == "lw_detr":
         _initialise_lw_detr(model)
     else:
@@ -58,11 +61,12 @@ def initialise_from_scratch(model: nn.Module) -> None:
 
 
 def _unfreeze(model: nn.Module) -> None:
+    from transformers.models.dab_detr.modeling_dab_detr import DabDetrFrozenBatchNorm2d
     from transformers.models.deformable_detr.modeling_deformable_detr import DeformableDetrFrozenBatchNorm2d
 
     for parent in list(model.modules()):
         for name, child in parent.named_children():
-            if isinstance(child, DeformableDetrFrozenBatchNorm2d):
+            if isinstance(child, DeformableDetrFrozenBatchNorm2d | DabDetrFrozenBatchNorm2d):
                 setattr(parent, name, nn.BatchNorm2d(len(child.weight)))
     model.requires_grad_(True)
 
@@ -76,7 +80,7 @@ def _initialise_attention(attention: Any) -> None:
         # torch draws the three as one (3C, C) matrix
         nn.init.xavier_uniform_(projection.weight, gain=math.sqrt(0.5))
         nn.init.zeros_(projection.bias)
-    nn.init.zeros_(attention.o_proj.bias)
+    nn.init.zeros_((attention.o_proj if hasattr(attention, "o_proj") else attention.out_proj).bias)
 
 
 def _initialise_rt_detr(model: Any) -> None:
@@ -112,6 +116,16 @@ def _initialise_deformable_detr(model: Any) -> None:
     if not model.config.two_stage:
         nn.init.constant_(model.bbox_embed[0].layers[-1].bias[2:], -2.0)
     _set_class_bias(*model.class_embed)
+
+
+def _initialise_dab_detr(model: Any) -> None:
+    for part in (model.model.encoder, model.model.decoder):
+        for name, module in part.named_modules():
+            kept = "bbox_embed" in name or name.endswith(("q_proj", "k_proj", "v_proj"))
+            if isinstance(module, nn.Linear) and not kept:
+                nn.init.xavier_uniform_(module.weight)
+    _zero(model.bbox_predictor.layers[-1])
+    _set_class_bias(model.class_embed)
 
 
 def _initialise_lw_detr(model: Any) -> None:

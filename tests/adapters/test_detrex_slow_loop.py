@@ -37,15 +37,10 @@ def in_double(detrex_host: Host, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
     torch.set_default_dtype(torch.float32)
 
 
-def reported(boxes: Tensor) -> Tensor:
-    """Boxes as a host can report them, by sigmoids: held inside the image by a hair, the gradient not."""
-    return torch.where((boxes - 0.5).abs() > 0.5 - 1e-5, boxes.clamp(1e-5, 1 - 1e-5) + boxes - boxes.detach(), boxes)
-
-
 def refine(host: Host, model: nn.Module, inputs: dict[str, Any]) -> slow.Predictions:
     """The decoder's loop by the design, section 1, from the inputs that the host's transformer gave its decoder."""
     inputs = dict(inputs)
-    if host.name in ("detrex-dab-detr", "detrex-dn-detr"):
+    if host.one_box_head:
         return refine_queries_first(model, inputs)
     from detrex.layers import get_sine_pos_embed
 
@@ -68,8 +63,8 @@ def refine(host: Host, model: nn.Module, inputs: dict[str, Any]) -> slow.Predict
         hidden = layer(hidden, query_pos=position, reference_points=scaled, **inputs, **extra)
         normed = decoder.norm(hidden) if "dino" in host.name else hidden
         logits = F.linear(normed, model.class_embed[index].weight, model.class_embed[index].bias)
-        box = fdr.layer(hidden, first_head(decoder.bbox_embed[0]), reference, EPS, logits)
-        reference = reported(box.detach())
+        box = fdr.layer(hidden, slow.first_head(decoder.bbox_embed[0]), reference, EPS, logits)
+        reference = slow.reported(box.detach())
     return fdr.out
 
 
@@ -94,21 +89,9 @@ def refine_queries_first(model: nn.Module, inputs: dict[str, Any]) -> slow.Predi
         hidden = layer(hidden, query_pos=position, query_sine_embed=sine, is_first_layer=index == 0, **inputs)
         normed = decoder.post_norm_layer(hidden).transpose(0, 1)
         logits = F.linear(normed, model.class_embed.weight, model.class_embed.bias)
-        box = fdr.layer(hidden.transpose(0, 1), first_head(decoder.bbox_embed), reference, EPS, logits)
-        reference = reported(box.detach())
+        box = fdr.layer(hidden.transpose(0, 1), slow.first_head(decoder.bbox_embed), reference, EPS, logits)
+        reference = slow.reported(box.detach())
     return fdr.out
-
-
-def first_head(head: nn.Module) -> Any:
-    """The host's three-layer perceptron, whatever it has been made part of."""
-
-    def forward(x: Tensor) -> Tensor:
-        *before, last = head.layers
-        for linear in before:
-            x = linear(x).relu()
-        return last(x)
-
-    return forward
 
 
 def run(host: Host, model: nn.Module, targets: list[dict[str, Tensor]]) -> tuple[dict, list[Any], slow.Predictions]:
@@ -152,7 +135,7 @@ def test_boxes_and_logits_and_their_gradients(host: Host, lqe: bool) -> None:
     model = doubled(host, host.config(lqe=lqe))
     _, calls, expected = run(host, model, labels())
     boxes, logits = in_order(host, calls)
-    wanted = reported(expected.boxes[-1])
+    wanted = slow.reported(expected.boxes[-1])
     torch.testing.assert_close(boxes, wanted, atol=1e-5, rtol=0)
     torch.testing.assert_close(logits, expected.logits[-1], atol=1e-5, rtol=0)
     probe = torch.randn(boxes.shape, generator=torch.Generator().manual_seed(7))
@@ -185,7 +168,7 @@ def slow_losses(
     def add_branch(part: slow.Predictions, targets: list, encoder: dict[str, Tensor] | None, tail: str) -> None:
         num_layers = len(part.boxes)
         suffixes = [f"_{i}" for i in range(num_layers - 1)] + [""]
-        sets = {s: (part.logits[i], reported(part.boxes[i])) for i, s in enumerate(suffixes)}
+        sets = {s: (part.logits[i], slow.reported(part.boxes[i])) for i, s in enumerate(suffixes)}
         sets["_pre"] = (part.initial_logits, part.initial_boxes)
         encoded = targets
         decoded = "dino" in host.name or "dab" in host.name  # encoder sets of the decoder's queries
@@ -234,7 +217,7 @@ def slow_losses(
         n = max(sum(counts), 1) * groups
         names = [*(f"_dn_{i}" for i in range(len(part.boxes) - 1)), "_dn"]
         for i, suffix in enumerate(names):
-            add_set(suffix, part.logits[i], reported(part.boxes[i]), truths, known, known, n, n)
+            add_set(suffix, part.logits[i], slow.reported(part.boxes[i]), truths, known, known, n, n)
         add_set("_dn_pre", part.initial_logits, part.initial_boxes, truths, known, known, n, n)
         losses.update(slow.distribution_terms(names, part, truths, [known] * len(names), n, config))
     return losses

@@ -26,19 +26,24 @@ def test_a_fresh_wrap_reports_the_hosts_first_boxes(host: Host) -> None:
     assert not torch.allclose(boxes, predict(host, first)[1])  # the head does act once it is off its zeros
     given = {}
     baseline.model.decoder.layers[0].register_forward_hook(lambda m, a, out: given.setdefault("hidden", out))
-    baseline.model.decoder.register_forward_pre_hook(
-        lambda m, a, kwargs: given.update(reference=kwargs["reference_points"]), with_kwargs=True
-    )
+    baseline.model.decoder.register_forward_pre_hook(lambda m, a, kwargs: given.update(kwargs), with_kwargs=True)
     predict(host, baseline)
     if host.fixed_references:
         moved = baseline.bbox_embed(baseline.model.decoder.layernorm(given["hidden"]))
-        expected = refine_bboxes(given["reference"], moved)
+        expected = refine_bboxes(given["reference_points"], moved)
         torch.testing.assert_close(boxes, expected, atol=1e-5, rtol=0)
         return
-    heads = baseline.model.decoder.bbox_embed
-    head = (baseline.bbox_embed if heads is None else heads)[0]
-    reference = given["reference"] if host.name.startswith("rt-detr") else torch.logit(given["reference"], eps=1e-5)
-    delta = head(given["hidden"])
+    if host.one_box_head:
+        head, hidden, reference = baseline.bbox_predictor, given["hidden"][0], given["query_position_embeddings"]
+    else:
+        heads = baseline.model.decoder.bbox_embed
+        head, hidden, reference = (
+            (baseline.bbox_embed if heads is None else heads)[0],
+            given["hidden"],
+            given["reference_points"],
+        )
+        reference = reference if host.name.startswith("rt-detr") else torch.logit(reference, eps=1e-5)
+    delta = head(hidden)
     delta[..., : reference.shape[-1]] += reference
     torch.testing.assert_close(boxes, delta.sigmoid(), atol=1e-5, rtol=0)
 

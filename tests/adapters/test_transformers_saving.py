@@ -283,7 +283,7 @@ def test_what_save_pretrained_wrote_loads_as_a_state_dict(host: Host, tmp_path: 
 def test_unwrapping_a_loaded_model_says_which_heads_are_not_its_own(host: Host, tmp_path: Path) -> None:
     wrapped(host).save_pretrained(tmp_path)
     model = load_pretrained(tmp_path)
-    if host.fixed_references or host.name == "deformable-detr-plain":  # whose layers share one box head, which stays
+    if host.one_box_head or host.name == "deformable-detr-plain":  # whose layers share one box head, too
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert_equal(host, unwrap_decoder(model), build(host))

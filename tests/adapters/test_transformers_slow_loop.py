@@ -1,5 +1,6 @@
 """Boxes, losses and gradients of every wrapped host of transformers against the slow loop with the same weights."""
 
+import math
 from typing import Any
 
 import pytest
@@ -23,6 +24,8 @@ def host(transformers_host: Host) -> Host:
 def refine(model: PreTrainedModel, inputs: dict[str, Any]) -> slow.Predictions:
     """The decoder's loop by the design, section 1, from the inputs that the host's model gave its decoder."""
     decoder = model.model.decoder
+    if model.config.model_type == "dab-detr":
+        return refine_anchors(model, inputs)
     if hasattr(decoder, "ref_point_head"):
         return refine_afterwards(model, inputs)
     is_deformable = "valid_ratios" in inputs
@@ -68,6 +71,38 @@ def refine_afterwards(model: PreTrainedModel, inputs: dict[str, Any]) -> slow.Pr
     return fdr.out
 
 
+def refine_anchors(model: PreTrainedModel, inputs: dict[str, Any]) -> slow.Predictions:
+    """The same for DAB-DETR, whose queries attend by sines of the box, and by its sides. The images are whole."""
+    decoder = model.model.decoder
+    hidden, image = inputs["inputs_embeds"], inputs["encoder_hidden_states"]
+    reference = inputs["query_position_embeddings"].sigmoid()
+    width = hidden.shape[-1]
+    fdr = slow.SlowFDR(decoder.fdr)
+    for index, layer in enumerate(decoder.layers):
+        sine = sines(reference, width // 2)
+        position = decoder.ref_point_head(sine)
+        vertical, horizontal = sine[..., : width // 2], sine[..., width // 2 : width]
+        sides = decoder.ref_anchor_head(hidden).sigmoid() / reference[..., 2:]
+        sine = torch.cat([vertical * sides[..., 1:], horizontal * sides[..., :1]], -1)
+        if index > 0:
+            sine = sine * decoder.query_scale(hidden)
+        (hidden, *_) = layer(hidden, None, inputs["object_queries"], position, sine, image)
+        logits = F.linear(decoder.layernorm(hidden), model.class_embed.weight, model.class_embed.bias)
+        box = fdr.layer(hidden, slow.first_head(decoder.bbox_embed), reference, 1e-5, logits)
+        reference = slow.reported(box.detach())
+    return fdr.out
+
+
+def sines(boxes: Tensor, features: int) -> Tensor:
+    """``(B, Q, 4 * features)``: of y, x, w and h, sine and cosine in turn, of periods 1 to 10,000."""
+    pairs = []
+    for coordinate in (boxes[..., 1], boxes[..., 0], boxes[..., 2], boxes[..., 3]):
+        for i in range(features // 2):
+            angle = 2 * math.pi * coordinate / 10_000 ** (2 * i / features)
+            pairs += [angle.sin(), angle.cos()]
+    return torch.stack(pairs, -1)
+
+
 def match_groups(
     logits: Tensor, boxes: Tensor, targets: list[dict[str, Tensor]], costs: dict[str, float], groups: int
 ) -> slow.Pairs:
@@ -87,8 +122,14 @@ def run(model: PreTrainedModel, targets: list[dict[str, Tensor]]) -> tuple[Any, 
     handle = model.model.decoder.register_forward_pre_hook(
         lambda module, args, kwargs: given.update(kwargs), with_kwargs=True
     )
+    dtype, default = next(model.parameters()).dtype, torch.get_default_dtype()
     torch.manual_seed(5)
-    outputs = model(images(len(targets)).to(next(model.parameters()).dtype), labels=targets)
+    pixels = images(len(targets)).to(dtype)
+    torch.set_default_dtype(dtype)  # DAB-DETR's queries begin as zeros of the default dtype
+    try:
+        outputs = model(pixels, labels=targets)
+    finally:
+        torch.set_default_dtype(default)
     handle.remove()
     return outputs, refine(model, given)
 

@@ -3,6 +3,8 @@
 import transformers
 from torch import Tensor, nn
 from transformers import (
+    DabDetrConfig,
+    DabDetrForObjectDetection,
     DeformableDetrConfig,
     DeformableDetrForObjectDetection,
     LwDetrConfig,
@@ -72,6 +74,22 @@ def _deformable_detr(two_stage: bool, with_box_refine: bool) -> PreTrainedModel:
         backbone_config=ResNetConfig(**_BACKBONE), two_stage=two_stage, with_box_refine=with_box_refine, **_DEFORMABLE
     )
     model = DeformableDetrForObjectDetection(config)
+    model.requires_grad_(True)  # the host freezes a backbone of its own making for good
+    return model
+
+
+def _dab_detr() -> PreTrainedModel:
+    config = DabDetrConfig(
+        backbone_config=ResNetConfig(**{**_BACKBONE, "out_features": ["stage4"]}),
+        hidden_size=32,
+        encoder_layers=1,
+        **_DECODER,
+        num_labels=NUM_CLASSES,
+        auxiliary_loss=True,
+        dropout=0.0,
+        init_std=0.2,  # with less, queries that all begin as zeros stay alike
+    )
+    model = DabDetrForObjectDetection(config)
     model.requires_grad_(True)  # the host freezes a backbone of its own making for good
     return model
 
@@ -152,11 +170,13 @@ HOSTS = [
         settings={"box_refinement": True},
         checkpointing=True,
     ),
-    TransformersHost("lw-detr", _lw_detr, weighted_loss_dict=False, fixed_references=True),
+    TransformersHost("dab-detr", _dab_detr, weighted_loss_dict=False, one_box_head=True),
+    TransformersHost("lw-detr", _lw_detr, weighted_loss_dict=False, one_box_head=True, fixed_references=True),
     TransformersHost(
         "rf-detr",
         _rf_detr,
         weighted_loss_dict=False,
+        one_box_head=True,
         fixed_references=True,
         missing=None if hasattr(transformers, "RfDetrConfig") else "this release of transformers has no RF-DETR",
     ),

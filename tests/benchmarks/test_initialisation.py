@@ -103,7 +103,20 @@ def test_lw_detr_starts_as_the_authors() -> None:
         torch.testing.assert_close(head.weight, model.class_embed.weight)
 
 
-@pytest.mark.parametrize("host", [*RT_DETRS, *DEFORMABLE_DETRS])
+def test_dab_detr_starts_as_the_authors() -> None:
+    model = build("dab-detr")
+    layer, decoder = model.model.decoder.layers[1], model.model.decoder
+    for linear in (layer.mlp.fc1, layer.cross_attn.cross_attn_value_proj, *decoder.ref_point_head.layers):
+        assert spread(linear.weight) == pytest.approx(xavier(linear.weight), rel=0.06)
+    assert spread(model.model.query_refpoint_embeddings.weight) == pytest.approx(1, rel=0.2)
+    assert not model.bbox_predictor.layers[-1].weight.any()
+    assert model.bbox_predictor.layers[0].weight is decoder.bbox_embed.layers[0].weight
+    torch.testing.assert_close(model.class_embed.bias.sigmoid(), torch.full((2,), PRIOR))
+    attention = model.model.encoder.layers[0].self_attn
+    assert spread(attention.q_proj.weight) == pytest.approx(xavier(torch.empty(192, 64)), rel=0.06)
+
+
+@pytest.mark.parametrize("host", [*RT_DETRS, *DEFORMABLE_DETRS, "dab-detr"])
 def test_backbones_start_as_torchvisions(host: str) -> None:
     backbone = build(host).model.backbone
     convolutions = [module for module in backbone.modules() if isinstance(module, nn.Conv2d)]
@@ -120,7 +133,7 @@ def test_an_unknown_family_is_refused() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("host", ["rt-detr", "deformable-detr"])
+@pytest.mark.parametrize("host", ["rt-detr", "deformable-detr", "dab-detr"])
 def test_the_baselines_box_heads_are_alive(host: str) -> None:
     """At step 100 the box losses' gradient in the decoder is of the classification's order.
 
