@@ -73,10 +73,16 @@ _BUILT_IN = {
 }
 """Host class to the module of ``dfine_plugin.adapters`` that registers its adapter."""
 
-_ALREADY_FDR = {
-    "transformers.models.d_fine.modeling_d_fine.DFineForObjectDetection",
-    "transformers.models.deimv2.modeling_deimv2.Deimv2ForObjectDetection",
+_FDR_ALREADY = "is an FDR model already: its boxes are refined distributions"
+
+_REFUSED = {
+    "transformers.models.d_fine.modeling_d_fine.DFineForObjectDetection": _FDR_ALREADY,
+    "transformers.models.deimv2.modeling_deimv2.Deimv2ForObjectDetection": _FDR_ALREADY,
+    "transformers.models.omdet_turbo.modeling_omdet_turbo.OmDetTurboForObjectDetection": (
+        "cannot be trained: transformers has no loss for it, and so there is none for FDR to join"
+    ),
 }
+"""Host class to why it is not wrapped."""
 
 _registered: dict[str, Adapter] = {}
 
@@ -116,8 +122,8 @@ def find_adapter(model: nn.Module) -> Adapter:
     """
     for cls in type(model).__mro__:
         name = f"{cls.__module__}.{cls.__qualname__}"
-        if name in _ALREADY_FDR:
-            raise UnsupportedModelError(f"{name} is an FDR model already: its boxes are refined distributions")
+        if name in _REFUSED:
+            raise UnsupportedModelError(f"{name} {_REFUSED[name]}")
         if name not in _registered:
             _load(name)
         if name in _registered:

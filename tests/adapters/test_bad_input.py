@@ -318,6 +318,17 @@ def test_d_fine_has_fdr_already() -> None:
         wrap_decoder(model)
 
 
+def test_a_host_that_transformers_cannot_train_is_refused() -> None:
+    from transformers import CLIPTextConfig, OmDetTurboConfig, OmDetTurboForObjectDetection, SwinConfig
+
+    with torch.device("meta"):
+        model = OmDetTurboForObjectDetection(
+            OmDetTurboConfig(text_config=CLIPTextConfig(), backbone_config=SwinConfig(out_indices=[1, 2, 3]))
+        )
+    with pytest.raises(UnsupportedModelError, match="OmDetTurboForObjectDetection cannot be trained: .* no loss"):
+        wrap_decoder(model)
+
+
 def test_a_host_without_box_refinement_needs_consent(host: Host) -> None:
     model = build(host)
     if not host.settings:
