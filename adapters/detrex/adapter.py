@@ -15,8 +15,9 @@ from dfine_plugin.wrapping import binding_of
 
 from .. import host_parts, recomputed_boxes
 from ..host_parts import Host, Retired
+from ..refining_heads import RefiningBoxHead
 from .criterion import DeployedCriterion, GOLSDCriterion, extended_weights
-from .decoder import InitialBoxHead, RefiningBoxHead, RefiningDecoder
+from .decoder import InitialBoxHead, RefiningDecoder
 from .detector import DetrexDetector
 
 DECODER = "transformer.decoder"

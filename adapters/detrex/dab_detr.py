@@ -58,7 +58,8 @@ class QueriesFirstDecoder(RefiningDecoder):
     def initial_reference_logits(self, **inputs: Any) -> Tensor:
         return inverse_sigmoid(inputs["anchor_box_embed"].sigmoid()).transpose(0, 1)
 
-    def last_level(self, record: FDRRecord, hidden_states: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
+    def last_level(self, record: FDRRecord, outputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        hidden_states, references = outputs
         delta = logit(record.boxes[-1]) - record.reference_logits[-1]
         return recomputed_boxes.with_channels(hidden_states[-1], delta, record.quality_logits)[None], references[-1:]
 

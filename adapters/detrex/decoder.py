@@ -1,113 +1,27 @@
-"""Decoders of detrex, refining distributions.
-
-They run as they are. A decoder asks a box head, layer by layer, for what to add to the reference's logits; the model
-asks again, on the levels' hidden states, for what it reports. Both kinds of heads give way to heads that answer
-``logit(box) - isig(reference)``, so that what comes out is the refined box: exact, for the reference is the very one
-that the host adds. The decoder's answer is detached, as refined references are, from everything but an initial
-reference with a gradient, whose gradient it cancels; so nothing leaks where a host looks forward twice.
-"""
-
-from dataclasses import dataclass
-from typing import Any
+"""Decoders of detrex, refining distributions in their box heads: see :mod:`~dfine_plugin.adapters.refining_heads`."""
 
 from detrex.layers import MLP
 from detrex.utils import inverse_sigmoid
-from torch import Tensor, nn
+from torch import Tensor
 
-from dfine_plugin.boxes import at_least_float32
-from dfine_plugin.head import FDRHead, Refinement
-from dfine_plugin.record import FDRRecord, close_scope, closes_on_interrupt, current_scope, in_scope, open_scope
+from dfine_plugin.record import FDRRecord
 
-from .. import recomputed_boxes
-from ..recomputed_boxes import four, logit
+from .. import recomputed_boxes, refining_heads
+from ..recomputed_boxes import logit
 
 
-@dataclass
-class Progress:
-    """How far one run of a decoder has come: what its box heads hand on from layer to layer.
-
-    Attributes:
-        fdr: the FDR head.
-        reference_logits: ``(B, Q, 4)``, of the reference that the layer at work attends from.
-        record: of the layers so far; None before the first.
-        state: of the refinement after the latest layer.
-    """
-
-    fdr: FDRHead
-    reference_logits: Tensor
-    record: FDRRecord | None = None
-    state: Refinement | None = None
-
-    def begin(self, delta: Tensor) -> None:
-        """Locate the initial boxes: b0 = sigmoid(delta + isig(initial reference)), isig being the host's."""
-        initial_boxes = (at_least_float32(delta) + self.reference_logits).sigmoid()
-        self.state = self.fdr.start(initial_boxes)
-        self.record = FDRRecord(self.fdr.weights, initial_boxes)
-
-    def refine(self, hidden_states: Tensor) -> Tensor:
-        """Refine by the next layer, and return what the host has to add to this layer's reference for the next one."""
-        assert self.record is not None
-        assert self.state is not None
-        layer = len(self.record.boxes)
-        self.state = self.fdr(layer, hidden_states, self.state)
-        assert self.state.probabilities is not None
-        self.record.add(self.state, self.fdr.quality_logits(layer, self.state.probabilities))
-        self.record.reference_logits.append(self.reference_logits)
-        delta = logit(self.state.boxes.detach()) - self.reference_logits
-        # the host's arithmetic, step by step: bit for bit the logits that it will add next
-        self.reference_logits = inverse_sigmoid((delta + self.reference_logits).detach().sigmoid())
-        return delta
+class InitialBoxHead(refining_heads.InitialBoxHead, MLP):
+    """The decoder's first box head."""
 
 
-class RefiningBoxHead(nn.Module):
-    """In place of a decoder's box head after its first one: refines the distributions."""
+class RefiningDecoder(refining_heads.RefiningDecoder):
+    """Mixin before a host's decoder, which returns hidden states and references, ``(L, B, Q, …)`` each."""
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return current_scope().progress.refine(hidden_states)
+    def inverse_sigmoid(self, reference: Tensor) -> Tensor:
+        return inverse_sigmoid(reference)
 
-
-class InitialBoxHead(MLP):
-    """The decoder's first box head, as the host has it, then the refinement by the first layer."""
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        progress = current_scope().progress
-        progress.begin(super().forward(hidden_states))
-        return progress.refine(hidden_states)
-
-
-class RefiningDecoder(nn.Module):
-    """Mixin before a host's decoder: its box heads share one :class:`Progress` a run, and leave one record."""
-
-    fdr: FDRHead
-    deployed: bool
-
-    def initial_reference_logits(self, **inputs: Any) -> Tensor:
-        """``isig`` of the initial reference among the decoder's inputs, ``(B, Q, 4)``."""
-        return four(inverse_sigmoid(inputs["reference_points"]))
-
-    @closes_on_interrupt
-    def forward(self, *args, **kwargs):
-        if in_scope():
-            return self.run(*args, **kwargs)
-        # of the decoder's own, where the model's forward has opened none
-        open_scope()
-        try:
-            return self.run(*args, **kwargs)
-        finally:
-            close_scope()
-
-    def run(self, *args, **kwargs):
-        """The host's forward, within a scope."""
-        scope = current_scope()
-        scope.progress = Progress(self.fdr, self.initial_reference_logits(**kwargs))
-        hidden_states, references = super().forward(*args, **kwargs)
-        scope.record, scope.progress = scope.progress.record, None
-        if not self.deployed:
-            return hidden_states, references
-        return self.last_level(scope.record, hidden_states, references)
-
-    def last_level(self, record: FDRRecord, hidden_states: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
-        """What a deployed decoder returns: one level, for which the model adds the initial reference."""
+    def last_level(self, record: FDRRecord, outputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        hidden_states, references = outputs
         delta = logit(record.boxes[-1]) - record.reference_logits[0]
         channels = recomputed_boxes.with_channels(hidden_states[-1], delta, record.quality_logits)
         return channels[None], references[-1:]

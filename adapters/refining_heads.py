@@ -1,0 +1,116 @@
+"""Decoders that run as they are, and refine distributions in their box heads.
+
+Such a decoder asks a box head, layer by layer, for what to add to the reference's logits; the model asks again, on the
+levels' hidden states, for what it reports. Both kinds of heads give way to heads that answer
+``logit(box) - isig(reference)``, so that what comes out is the refined box: exact, for the reference is the very one
+that the host adds. The decoder's answer is detached, as refined references are, from everything but an initial
+reference with a gradient, whose gradient it cancels; so nothing leaks where a host looks forward twice.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from dfine_plugin.boxes import at_least_float32
+from dfine_plugin.head import FDRHead, Refinement
+from dfine_plugin.record import FDRRecord, close_scope, closes_on_interrupt, current_scope, in_scope, open_scope
+
+from .recomputed_boxes import four, logit
+
+
+@dataclass
+class Progress:
+    """How far one run of a decoder has come: what its box heads hand on from layer to layer.
+
+    Attributes:
+        fdr: the FDR head.
+        inverse_sigmoid: the host's.
+        reference_logits: ``(B, Q, 4)``, of the reference that the layer at work attends from.
+        record: of the layers so far; None before the first.
+        state: of the refinement after the latest layer.
+    """
+
+    fdr: FDRHead
+    inverse_sigmoid: Callable[[Tensor], Tensor]
+    reference_logits: Tensor
+    record: FDRRecord | None = None
+    state: Refinement | None = None
+
+    def begin(self, delta: Tensor) -> None:
+        """Locate the initial boxes: b0 = sigmoid(delta + isig(initial reference)), isig being the host's."""
+        initial_boxes = (at_least_float32(delta) + self.reference_logits).sigmoid()
+        self.state = self.fdr.start(initial_boxes)
+        self.record = FDRRecord(self.fdr.weights, initial_boxes)
+
+    def refine(self, hidden_states: Tensor) -> Tensor:
+        """Refine by the next layer, and return what the host has to add to this layer's reference for the next one."""
+        assert self.record is not None
+        assert self.state is not None
+        layer = len(self.record.boxes)
+        self.state = self.fdr(layer, hidden_states, self.state)
+        assert self.state.probabilities is not None
+        self.record.add(self.state, self.fdr.quality_logits(layer, self.state.probabilities))
+        self.record.reference_logits.append(self.reference_logits)
+        # a host in half precision goes on in it
+        boxes = self.state.boxes.detach().to(self.reference_logits.dtype)
+        delta = logit(boxes) - self.reference_logits
+        # the host's arithmetic, step by step: bit for bit the logits that it will add next
+        self.reference_logits = self.inverse_sigmoid((delta + self.reference_logits).detach().sigmoid())
+        return delta
+
+
+class RefiningBoxHead(nn.Module):
+    """In place of a decoder's box head after its first one: refines the distributions."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return current_scope().progress.refine(hidden_states)
+
+
+class InitialBoxHead(nn.Module):
+    """Mixin before the class of a decoder's first box head: as the host has it, then the refinement by the first
+    layer."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        progress = current_scope().progress
+        progress.begin(super().forward(hidden_states))
+        return progress.refine(hidden_states)
+
+
+class RefiningDecoder(nn.Module):
+    """Mixin before a host's decoder: its box heads share one :class:`Progress` a run, and leave one record."""
+
+    fdr: FDRHead
+    deployed: bool = False
+
+    def inverse_sigmoid(self, reference: Tensor) -> Tensor:
+        """The host's ``isig``."""
+        raise NotImplementedError
+
+    def initial_reference_logits(self, **inputs: Any) -> Tensor:
+        """``isig`` of the initial reference among the decoder's inputs, ``(B, Q, 4)``."""
+        return four(self.inverse_sigmoid(inputs["reference_points"]))
+
+    @closes_on_interrupt
+    def forward(self, *args, **kwargs):
+        if in_scope():
+            return self.run(*args, **kwargs)
+        # of the decoder's own, where the model's forward has opened none
+        open_scope()
+        try:
+            return self.run(*args, **kwargs)
+        finally:
+            close_scope()
+
+    def run(self, *args, **kwargs):
+        """The host's forward, within a scope."""
+        scope = current_scope()
+        scope.progress = Progress(self.fdr, self.inverse_sigmoid, self.initial_reference_logits(**kwargs))
+        outputs = super().forward(*args, **kwargs)
+        scope.record, scope.progress = scope.progress.record, None
+        return self.last_level(scope.record, outputs) if self.deployed else outputs
+
+    def last_level(self, record: FDRRecord, outputs: Any) -> Any:
+        """What a deployed decoder returns: one level, for which the model adds the initial reference."""
+        raise NotImplementedError
