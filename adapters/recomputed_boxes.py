@@ -24,7 +24,8 @@ LOGIT_EPS = 1e-5
 
 def logit(boxes: Tensor) -> Tensor:
     """The logits whose sigmoids are the boxes; what lies outside ``(0, 1)`` keeps its gradient."""
-    held = straight_through_clamp(boxes, LOGIT_EPS, 1 - LOGIT_EPS)
+    # half precision rounds what is nearer to 1 than its unit to 1, whose logit is infinite
+    held = straight_through_clamp(boxes, LOGIT_EPS, 1 - max(LOGIT_EPS, torch.finfo(boxes.dtype).eps))
     return torch.log(held / (1 - held))
 
 
@@ -52,19 +53,23 @@ class RecordedBoxHead(nn.Module):
         return logit(record.boxes[self.level]) - record.reference_logits[self.level]
 
 
-class RecordedClassifier(nn.Linear):
-    """The host's class head of one level, with the record's location quality added to its logits."""
+class RecordedLogits(nn.Module):
+    """Mixin before the host's class head of one level: adds the record's location quality to its logits."""
 
     level: int
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        logits = super().forward(hidden_states)
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        logits = super().forward(*args, **kwargs)
         record = current_record()
         if self.level == 0:
             record.initial_logits = logits
         if not record.quality_logits:
             return logits
         return logits + record.quality_logits[self.level].to(logits.dtype)
+
+
+class RecordedClassifier(RecordedLogits, nn.Linear):
+    """The class head of one level, with the record's location quality added to its logits."""
 
 
 class StackedBoxHead(nn.Module):
@@ -143,7 +148,14 @@ def level_heads(heads: Sequence[nn.Module], twin: type[nn.Module]) -> list[Any]:
     return twins
 
 
-def replace_heads(model: Host, decoder: str, num_layers: int, decoder_heads: list[nn.Module], retired: Retired) -> None:
+def replace_heads(
+    model: Host,
+    decoder: str,
+    num_layers: int,
+    decoder_heads: list[nn.Module],
+    retired: Retired,
+    classifier: type[RecordedLogits] = RecordedClassifier,
+) -> None:
     """Retire the box heads after the first one, and let the model's heads look up what the decoder has recorded.
 
     Model and decoder get lists of their own: many hosts let them share one. What follows the levels' heads in a list
@@ -155,6 +167,7 @@ def replace_heads(model: Host, decoder: str, num_layers: int, decoder_heads: lis
         num_layers: L.
         decoder_heads: the L box heads that the decoder gets; the first holds the host's first head's parameters.
         retired: takes note.
+        classifier: what the model's class heads become, a subclass of theirs.
     """
     boxes, classes, own = model.bbox_embed, model.class_embed, model.get_submodule(decoder).bbox_embed
     recorded = level_heads(boxes[:1], RecordedBoxHead)
@@ -166,7 +179,7 @@ def replace_heads(model: Host, decoder: str, num_layers: int, decoder_heads: lis
         recorded.append(RecordedBoxHead())
         recorded[-1].level = level
     encoder = [] if own is None else own[num_layers:]
-    labels = level_heads(classes[:num_layers], RecordedClassifier)
+    labels = level_heads(classes[:num_layers], classifier)
     retired.replace(model, f"{decoder}.bbox_embed", nn.ModuleList([*decoder_heads, *encoder]))
     retired.replace(model, "bbox_embed", nn.ModuleList([*recorded, *boxes[num_layers:]]))
     retired.replace(model, "class_embed", nn.ModuleList([*labels, *classes[num_layers:]]))

@@ -35,6 +35,18 @@ class MatchingCost:
     alpha: float = 0.25
     gamma: float = 2.0
 
+    def focal(self, logits: Tensor) -> Tensor:
+        """The focal cost of each of the logits, at least float32."""
+        p = at_least_float32(logits).sigmoid()
+        q = 1 - p
+        positive = self.alpha * q.pow(self.gamma) * -(p + 1e-8).log()
+        negative = (1 - self.alpha) * p.pow(self.gamma) * -(q + 1e-8).log()
+        return positive - negative
+
+    def class_costs(self, logits: Sequence[Tensor], images: Tensor, labels: Tensor) -> Tensor:
+        """``(M, S, Q)``, the focal costs of M truths, and arguments as those of :meth:`matrices`; a new tensor."""
+        return self.focal(torch.stack([x[images, :, labels] for x in logits], dim=1))
+
     @torch.no_grad()
     def matrices(
         self, logits: Sequence[Tensor], boxes: Sequence[Tensor], images: Tensor, labels: Tensor, truths: Tensor
@@ -51,11 +63,7 @@ class MatchingCost:
         Returns:
             ``(M, S, Q)``, float32 or float64.
         """
-        p = at_least_float32(torch.stack([x[images, :, labels] for x in logits], dim=1)).sigmoid()
-        q = 1 - p
-        positive = self.alpha * q.pow(self.gamma) * -(p + 1e-8).log()
-        negative = (1 - self.alpha) * p.pow(self.gamma) * -(q + 1e-8).log()
-        cost = (positive - negative).mul_(self.class_weight)
+        cost = self.class_costs(logits, images, labels).mul_(self.class_weight)
 
         predicted = at_least_float32(torch.stack(list(boxes))).permute(3, 1, 0, 2).contiguous()  # (4, B, S, Q)
         truth = truths.to(cost.dtype).T[:, :, None, None]  # (4, M, 1, 1)

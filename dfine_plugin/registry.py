@@ -63,6 +63,12 @@ _BUILT_IN = {
     "transformers.models.dab_detr.modeling_dab_detr.DabDetrForObjectDetection": "transformers.dab_detr",
     "transformers.models.lw_detr.modeling_lw_detr.LwDetrForObjectDetection": "transformers.lw_detr",
     "transformers.models.rf_detr.modeling_rf_detr.RfDetrForObjectDetection": "transformers.rf_detr",
+    "transformers.models.grounding_dino.modeling_grounding_dino.GroundingDinoForObjectDetection": (
+        "transformers.grounding_dino"
+    ),
+    "transformers.models.mm_grounding_dino.modeling_mm_grounding_dino.MMGroundingDinoForObjectDetection": (
+        "transformers.mm_grounding_dino"
+    ),
     "projects.deformable_detr.modeling.deformable_detr.DeformableDETR": "detrex.deformable_detr",
     "projects.h_deformable_detr.modeling.h_deformable_detr.HDeformableDETR": "detrex.h_deformable_detr",
     "projects.dab_deformable_detr.modeling.dab_deformable_detr.DabDeformableDETR": "detrex.dab_deformable_detr",

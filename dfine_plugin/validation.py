@@ -17,7 +17,7 @@ TOLERANCE = 1e-3
 
 def check_targets(
     targets: Sequence[Mapping[str, Any]],
-    num_classes: int,
+    num_classes: int | Tensor,
     labels_key: str,
     boxes_key: str,
     num_images: int | None = None,
@@ -29,7 +29,7 @@ def check_targets(
     Args:
         targets: for each image a mapping with labels ``(n,)`` int and boxes ``(n, 4)`` cxcywh in image sides; ``(0,)``
             where there are none.
-        num_classes: labels lie in ``[0, num_classes)``.
+        num_classes: labels lie in ``[0, num_classes)``; ``(B,)`` where each image has classes of its own.
         labels_key, boxes_key: the host's keys of the two.
         num_images: as many targets there must be.
 
@@ -41,7 +41,10 @@ def check_targets(
         return
     labels = torch.cat([target[labels_key] for target in targets])
     boxes = torch.cat([target[boxes_key].reshape(-1, 4) for target in targets])
-    wrong_label = (labels < 0) | (labels >= num_classes)
+    bounds = num_classes
+    if isinstance(num_classes, Tensor):
+        bounds = torch.cat([n.expand(len(target[labels_key])) for n, target in zip(num_classes, targets, strict=True)])
+    wrong_label = (labels < 0) | (labels >= bounds)
     wrong_box = ~boxes.isfinite().all(-1) | (boxes[:, 2:] <= 0).any(-1) | (boxes.abs() > LARGEST_COORDINATE).any(-1)
     is_wrong, is_beyond = torch.stack([(wrong_label | wrong_box).any(), _beyond(boxes).any()]).tolist()
     if is_wrong:
@@ -80,12 +83,15 @@ def _check_structure(
             raise InvalidTargetError(f"image {image}: {labels_key} must be integers (torch.int64), got {labels.dtype}")
 
 
-def _name_culprit(targets: Sequence[Mapping[str, Any]], num_classes: int, labels_key: str, boxes_key: str) -> None:
+def _name_culprit(
+    targets: Sequence[Mapping[str, Any]], num_classes: int | Tensor, labels_key: str, boxes_key: str
+) -> None:
+    bounds = num_classes.tolist() if isinstance(num_classes, Tensor) else [num_classes] * len(targets)
     for image, target in enumerate(targets):
         for index, (label, box) in enumerate(zip(target[labels_key].tolist(), target[boxes_key].tolist(), strict=True)):
             where = f"image {image}, truth {index}"
-            if not 0 <= label < num_classes:
-                raise InvalidTargetError(f"{where}: label {label} is out of range for {num_classes} classes")
+            if not 0 <= label < bounds[image]:
+                raise InvalidTargetError(f"{where}: label {label} is out of range for {bounds[image]} classes")
             if not all(abs(value) < float("inf") for value in box):
                 raise InvalidTargetError(f"{where}: box {box} is not finite")
             if min(box[2:]) <= 0:

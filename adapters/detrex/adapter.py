@@ -15,7 +15,7 @@ from dfine_plugin.wrapping import binding_of
 
 from .. import host_parts, recomputed_boxes
 from ..host_parts import Host, Retired
-from ..refining_decoder import RefiningBoxHead
+from ..refining_heads import RefiningBoxHead
 from .criterion import DeployedCriterion, GOLSDCriterion, extended_weights
 from .decoder import InitialBoxHead, RefiningDecoder
 from .detector import DetrexDetector
@@ -64,6 +64,7 @@ class DetrexAdapter:
         retired = Retired()
         self.attach_heads(model, num_layers, retired)
         retired.recast(model, DECODER, self.decoder_classes[type(decoder)])
+        decoder.deployed = False
         decoder.fdr = FDRHead(model.transformer.embed_dim, num_layers, config).to(next(decoder.parameters()))
         decoder.fdr.train(decoder.training)
         retired.recast(model, "criterion", self.criterion_classes[type(criterion)])
@@ -81,7 +82,7 @@ class DetrexAdapter:
 
     def detach(self, model: Host, retired: Retired) -> None:
         """See :class:`~dfine_plugin.registry.Adapter`."""
-        del model.transformer.decoder.fdr, model.criterion.fdr_config
+        del model.transformer.decoder.fdr, model.transformer.decoder.deployed, model.criterion.fdr_config
         retired.restore(model, like=next(model.transformer.decoder.parameters()))
         retired.load_hook.remove()
 

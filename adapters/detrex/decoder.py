@@ -1,6 +1,4 @@
-"""Decoders of detrex, refining distributions."""
-
-from typing import Any
+"""Decoders of detrex, refining distributions in their box heads: see :mod:`~dfine_plugin.adapters.refining_heads`."""
 
 from detrex.layers import MLP
 from detrex.utils import inverse_sigmoid
@@ -8,22 +6,19 @@ from torch import Tensor
 
 from dfine_plugin.record import FDRRecord
 
-from .. import recomputed_boxes, refining_decoder
+from .. import recomputed_boxes, refining_heads
 
 
-class InitialBoxHead(refining_decoder.InitialBoxHead, MLP):
-    """The decoder's first box head, as the host has it, then the refinement by the first layer."""
+class InitialBoxHead(refining_heads.InitialBoxHead, MLP):
+    """The decoder's first box head."""
 
 
-class RefiningDecoder(refining_decoder.RefiningDecoder):
-    """Mixin before a host's decoder, which returns the levels' hidden states and references."""
+class RefiningDecoder(refining_heads.RefiningDecoder):
+    """Mixin before a host's decoder, which returns hidden states and references, ``(L, B, Q, …)`` each."""
 
-    inverse_sigmoid = staticmethod(inverse_sigmoid)
-
-    def initial_reference_logits(self, **inputs: Any) -> Tensor:
-        return recomputed_boxes.four(inverse_sigmoid(inputs["reference_points"]))
+    def inverse_sigmoid(self, reference: Tensor) -> Tensor:
+        return inverse_sigmoid(reference)
 
     def last_level(self, record: FDRRecord, outputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """See the base. The model adds the initial reference to the box of a single level."""
         hidden_states, references = outputs
         return recomputed_boxes.last_level(record, hidden_states, record.reference_logits[0]), references[-1:]

@@ -108,8 +108,12 @@ class TransformersAdapter:
             if model.training:
                 host_parts.warn_of_frozen_head(model, "model.decoder.fdr")
             count = None if pixels is None else len(pixels)
-            check_targets(labels, model.config.num_labels, "class_labels", "boxes", num_images=count)
+            check_targets(labels, self.num_classes(model, given), "class_labels", "boxes", num_images=count)
         return labels
+
+    def num_classes(self, model: Host, given: Mapping[str, Any]) -> int | Tensor:
+        """How many classes labels may name, by the arguments of a forward; ``(B,)`` where it depends on the image."""
+        return model.config.num_labels
 
     def host_boxes(self, model: Host, layer: int, hidden_states: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
         """See :class:`~dfine_plugin.registry.Adapter`."""
@@ -141,6 +145,14 @@ def retire(model: Host, names: Iterable[str], retired: Retired) -> None:
         retired.replace(model, name, nn.Identity())
     retired.modules.update(originals)
     retired.attributes.update(originals)
+
+
+def check_box_heads_are_shared(model: Host) -> None:
+    """Raise :class:`UnsupportedModelError` for a model whose decoder has other box heads than the model itself."""
+    if model.model.decoder.bbox_embed[0].layers[0].weight is not model.bbox_embed[0].layers[0].weight:
+        raise UnsupportedModelError(
+            f"this {type(model).__name__} has different box heads on model and decoder (tie_word_embeddings=False)"
+        )
 
 
 def with_boxes_in_rows(labels: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -38,6 +38,11 @@ class TransformersCheckpoint:
                 self.processor = AutoImageProcessor.from_pretrained(folder)
         except (OSError, ValueError) as error:
             raise ValueError(f"{folder} cannot be read: {first_line(error)}") from error
+        if hasattr(self.config, "text_config"):
+            raise ValueError(
+                f"{folder} holds a {self.config.model_type}, which wants a text beside each image, and commands have "
+                "none to give; in Python, dfine_plugin.adapters.transformers.prompt.fix_prompt does"
+            )
 
     def __str__(self) -> str:
         return self.folder.name

@@ -14,19 +14,20 @@ from dfine_plugin.errors import UnsupportedModelError
 from dfine_plugin.record import FDRRecord, current_scope
 from dfine_plugin.registry import register_adapter
 
-from .. import host_parts, recomputed_boxes, refining_decoder
+from .. import host_parts, recomputed_boxes, refining_heads
 from . import adapter as hf
 from .deformable_detr import DeformableDetrGOLSDLoss
 
 
-class SharedBoxHead(refining_decoder.InitialBoxHead, host.DabDetrMLP):
+class SharedBoxHead(refining_heads.InitialBoxHead, host.DabDetrMLP):
     """The decoder's only box head."""
 
 
-class FDRDabDetrDecoder(refining_decoder.RefiningDecoder, host.DabDetrDecoder):
+class FDRDabDetrDecoder(refining_heads.RefiningDecoder, host.DabDetrDecoder):
     """The host's decoder, refining distributions."""
 
-    inverse_sigmoid = staticmethod(host.inverse_sigmoid)
+    def inverse_sigmoid(self, reference: Tensor) -> Tensor:
+        return host.inverse_sigmoid(reference)
 
     def initial_reference_logits(self, **inputs: Any) -> Tensor:
         return host.inverse_sigmoid(inputs["query_position_embeddings"].sigmoid())

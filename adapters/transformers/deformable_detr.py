@@ -175,12 +175,8 @@ class DeformableDetrAdapter(hf.TransformersAdapter):
                 f"this {type(model).__name__} has with_box_refine=False. FDR refines references from layer to layer, "
                 "which changes what its decoder attends to; FDRConfig(box_refinement=True) consents to that"
             )
-        if model.model.decoder.bbox_embed is not None and (
-            model.model.decoder.bbox_embed[0].layers[0].weight is not model.bbox_embed[0].layers[0].weight
-        ):
-            raise UnsupportedModelError(
-                f"this {type(model).__name__} has different box heads on model and decoder (tie_word_embeddings=False)"
-            )
+        if model.model.decoder.bbox_embed is not None:
+            hf.check_box_heads_are_shared(model)
 
     def make_loss(self, config: FDRConfig) -> DeformableDetrGOLSDLoss:
         return DeformableDetrGOLSDLoss(config)

@@ -76,6 +76,11 @@ class WrappedConfig:
         return _view, (self.host, getattr(self, SETTINGS))  # type: ignore[attr-defined]
 
 
+def _task(host: PretrainedConfig) -> str:
+    """The name of what a pipeline does with a host."""
+    return "zero-shot-object-detection" if hasattr(host, "text_config") else "object-detection"
+
+
 def _model_card(settings: dict[str, Any], host: PretrainedConfig) -> str:
     """What a folder's ``README.md`` says of a wrapped model, with the metadata that a hub reads."""
     name = (host.architectures or [type(host).__name__])[0]
@@ -83,7 +88,7 @@ def _model_card(settings: dict[str, Any], host: PretrainedConfig) -> str:
     on_a_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists()
     data = ModelCardData(
         library_name="dfine-plugin",
-        pipeline_tag="object-detection",
+        pipeline_tag=_task(host),
         tags=["dfine-plugin", host.model_type],
         base_model=base if on_a_hub else None,
     )

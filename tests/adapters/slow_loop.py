@@ -6,7 +6,7 @@ IoUs, scipy's solver), the union, and every loss are written out here, most of t
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,8 @@ from torchvision.ops import box_convert, generalized_box_iou
 from torchvision.ops import box_iou as pairwise_iou
 
 Pairs = list[list[tuple[int, int]]]
+Phrases = Sequence[Sequence[int]] | None
+"""For each class its tokens, where class logits are of tokens."""
 
 
 @dataclass
@@ -122,16 +124,21 @@ def xyxy(boxes: Tensor) -> Tensor:
     return box_convert(boxes, "cxcywh", "xyxy")
 
 
-def match(logits: Tensor, boxes: Tensor, targets: list[dict[str, Tensor]], costs: dict[str, float]) -> Pairs:
-    """Hungarian matching image by image, focal class cost."""
+def match(
+    logits: Tensor, boxes: Tensor, targets: list[dict[str, Tensor]], costs: dict[str, float], phrases: Phrases = None
+) -> Pairs:
+    """Hungarian matching image by image, focal class cost; the mean over a class's tokens where it has several."""
     result: Pairs = []
     for image, target in enumerate(targets):
-        p = logits[image].detach().sigmoid()[:, target["class_labels"]]
-        positive = 0.25 * (1 - p) ** 2 * -torch.log(p + 1e-8)
-        negative = 0.75 * p**2 * -torch.log(1 - p + 1e-8)
+        p = logits[image].detach().sigmoid()
+        focal_cost = 0.25 * (1 - p) ** 2 * -torch.log(p + 1e-8) - 0.75 * p**2 * -torch.log(1 - p + 1e-8)
+        class_cost = focal_cost[:, target["class_labels"]]
+        if phrases is not None:
+            of_classes = torch.stack([focal_cost[:, tokens].mean(-1) for tokens in phrases], -1)
+            class_cost = of_classes[:, target["class_labels"]]
         l1 = (boxes[image].detach()[:, None] - target["boxes"][None]).abs().sum(-1)
         giou = generalized_box_iou(xyxy(boxes[image].detach()), xyxy(target["boxes"]))
-        cost = costs["class"] * (positive - negative) + costs["bbox"] * l1 - costs["giou"] * giou
+        cost = costs["class"] * class_cost + costs["bbox"] * l1 - costs["giou"] * giou
         rows, columns = linear_sum_assignment(cost.numpy())
         result.append([(int(q), int(t)) for q, t in zip(rows, columns, strict=True)])
     return result
@@ -257,11 +264,14 @@ def iou_aware(logits: Tensor, boxes: Tensor, targets: list[dict[str, Tensor]], p
     return loss / norm
 
 
-def focal(logits: Tensor, targets: list[dict[str, Tensor]], pairs: Pairs, norm: float) -> Tensor:
-    """Deformable-DETR's focal loss: alpha 0.25, gamma 2."""
+def focal(
+    logits: Tensor, targets: list[dict[str, Tensor]], pairs: Pairs, norm: float, phrases: Phrases = None
+) -> Tensor:
+    """Deformable-DETR's focal loss: alpha 0.25, gamma 2. All tokens of a truth's class are positive."""
     positive = torch.zeros_like(logits)
     for image, q, t in each(pairs):
-        positive[image, q, targets[image]["class_labels"][t]] = 1
+        label = int(targets[image]["class_labels"][t])
+        positive[image, q, [label] if phrases is None else list(phrases[label])] = 1
     p = logits.sigmoid()
     loss = -(
         0.25 * positive * (1 - p) ** 2 * F.logsigmoid(logits) + 0.75 * (1 - positive) * p**2 * F.logsigmoid(-logits)

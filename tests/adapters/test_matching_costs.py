@@ -44,12 +44,14 @@ def test_a_matcher_that_nobody_knows_is_asked_itself(host: Host, monkeypatch: py
     if host.name.startswith("detrex"):
         kind = type(model.criterion.matcher)
     else:
-        from dfine_plugin.adapters.transformers import deformable_detr, lw_detr, rt_detr
+        from dfine_plugin.adapters.transformers import deformable_detr, grounding_dino, lw_detr, rt_detr
 
         if host.name.startswith("rt-detr"):
             module, name = rt_detr, "RTDetrHungarianMatcher"
         elif host.fixed_references:
             module, name = lw_detr, "LwDetrHungarianMatcher"
+        elif "grounding-dino" in host.name:
+            module, name = grounding_dino, "GroundingDinoHungarianMatcher"
         else:
             module, name = deformable_detr, "DeformableDetrHungarianMatcher"
         kind = getattr(module, name)

@@ -13,13 +13,14 @@ from torch.utils._pytree import tree_map
 from dfine_plugin import wrap_decoder
 
 from .hosts import Host, build, images, labels, randomise_fdr, wrapped
+from .transformers_hosts import TransformersHost
 
 DTYPES = [pytest.param(torch.float16, id="float16"), pytest.param(torch.bfloat16, id="bfloat16")]
 SEEDS = range(5)
 
 
 @pytest.fixture
-def host(transformers_host: Host) -> Host:
+def host(transformers_host: TransformersHost) -> TransformersHost:
     return transformers_host
 
 
@@ -36,12 +37,12 @@ def lively(host: Host, seed: int) -> nn.Module:
 
 
 @torch.no_grad()
-def in_both(host: Host, model: nn.Module, seed: int, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
+def in_both(host: TransformersHost, model: nn.Module, seed: int, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
     """Boxes and all terms of the loss, in float32 and under autocast."""
     for context in (nullcontext(), torch.autocast("cpu", dtype=dtype)):
         torch.manual_seed(5)  # of denoising queries
         with context:
-            outputs = model.train()(images(seed=seed), labels=labels(seed=seed))
+            outputs = model.train()(**host.inputs(images(seed=seed)), labels=labels(seed=seed))
         yield outputs.pred_boxes.float(), torch.stack([term.float() for term in outputs.loss_dict.values()])
 
 
@@ -64,7 +65,7 @@ def test_errors_of_autocast_are_the_hosts_own(host: Host, dtype: torch.dtype) ->
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_autocast_changes_no_distribution_loss_nor_box_loss(host: Host, dtype: torch.dtype) -> None:
+def test_autocast_changes_no_distribution_loss_nor_box_loss(host: TransformersHost, dtype: torch.dtype) -> None:
     """On what a model predicts under autocast, these terms there are those of float32, to its rounding: DDF as well,
     which reads five times its value in the authors' code."""
     model = wrapped(host).train()
@@ -79,7 +80,7 @@ def test_autocast_changes_no_distribution_loss_nor_box_loss(host: Host, dtype: t
 
     model.loss_function = without_autocast
     with torch.no_grad(), torch.autocast("cpu", dtype=dtype):
-        terms = model(images(), labels=labels()).loss_dict
+        terms = model(**host.inputs(images()), labels=labels()).loss_dict
     (expected,) = found
     names = [name for name in terms if name.startswith(("loss_fgl", "loss_ddf", "loss_bbox", "loss_giou"))]
     assert any(name.startswith("loss_ddf") for name in names)
@@ -92,7 +93,7 @@ def is_floating(x: Any) -> bool:
     return isinstance(x, Tensor) and x.is_floating_point()
 
 
-def test_a_step_that_overflows_changes_nothing_and_the_next_goes_on(host: Host) -> None:
+def test_a_step_that_overflows_changes_nothing_and_the_next_goes_on(host: TransformersHost) -> None:
     """With gradients beyond float16 the scaler leaves out the step and lowers its scale, until one fits."""
     model = wrapped(host).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -103,7 +104,7 @@ def test_a_step_that_overflows_changes_nothing_and_the_next_goes_on(host: Host) 
         scale = scaler.get_scale()
         with torch.autocast("cpu", dtype=torch.float16):
             torch.manual_seed(5)
-            loss = model(images(), labels=labels()).loss
+            loss = model(**host.inputs(images()), labels=labels()).loss
         assert loss.isfinite()
         scaler.scale(loss).backward()
         scaler.step(optimizer)

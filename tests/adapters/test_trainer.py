@@ -10,11 +10,12 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 
 from dfine_plugin import load_pretrained, wrap_decoder
 
-from .hosts import Host, build, images, labels, wrapped
+from .hosts import build, images, labels, wrapped
+from .transformers_hosts import TransformersHost
 
 
 @pytest.fixture
-def host(transformers_host: Host) -> Host:
+def host(transformers_host: TransformersHost) -> TransformersHost:
     return transformers_host
 
 
@@ -25,12 +26,11 @@ class Weights(TrainerCallback):
         self.restored = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    pixels = torch.stack([sample["pixel_values"] for sample in samples])
-    return {"pixel_values": pixels, "labels": [sample["labels"] for sample in samples]}
+def trainer(host: TransformersHost, model: PreTrainedModel, folder: Path, **settings: Any) -> Trainer:
+    def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
+        pixels = torch.stack([sample["pixel_values"] for sample in samples])
+        return {**host.inputs(pixels), "labels": [sample["labels"] for sample in samples]}
 
-
-def trainer(model: PreTrainedModel, folder: Path, **settings: Any) -> Trainer:
     samples = [{"pixel_values": x, "labels": y} for x, y in zip(images(8), labels((2, 3) * 4), strict=True)]
     arguments = TrainingArguments(
         str(folder),
@@ -52,14 +52,14 @@ def differing(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> list[str]:
 
 
 @pytest.mark.parametrize("shard_size", ["50GB", "50KB"], ids=["one-file", "shards"])
-def test_resuming_restores_every_tensor(host: Host, shard_size: str, tmp_path: Path) -> None:
+def test_resuming_restores_every_tensor(host: TransformersHost, shard_size: str, tmp_path: Path) -> None:
     first = wrapped(host)
-    trainer(first, tmp_path, max_steps=2).train()
+    trainer(host, first, tmp_path, max_steps=2).train()
     checkpoint = tmp_path / "checkpoint-2"
     if shard_size != "50GB":
         (checkpoint / "model.safetensors").unlink()
         first.save_pretrained(checkpoint, max_shard_size=shard_size)
-    second = trainer(wrap_decoder(build(host, seed=9), host.config()), tmp_path, max_steps=3)
+    second = trainer(host, wrap_decoder(build(host, seed=9), host.config()), tmp_path, max_steps=3)
     weights = Weights()
     second.add_callback(weights)
     second.train(resume_from_checkpoint=str(checkpoint))
@@ -67,17 +67,18 @@ def test_resuming_restores_every_tensor(host: Host, shard_size: str, tmp_path: P
     assert differing(load_pretrained(checkpoint).state_dict(), first.state_dict()) == []
 
 
-def test_a_resumed_run_ends_where_an_uninterrupted_one_does(host: Host, tmp_path: Path) -> None:
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(host: TransformersHost, tmp_path: Path) -> None:
     whole = wrapped(host)
-    trainer(whole, tmp_path, max_steps=3).train()
-    resumed = trainer(wrap_decoder(build(host, seed=9), host.config()), tmp_path, max_steps=3)
+    trainer(host, whole, tmp_path, max_steps=3).train()
+    resumed = trainer(host, wrap_decoder(build(host, seed=9), host.config()), tmp_path, max_steps=3)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert differing(resumed.model.state_dict(), whole.state_dict()) == []
 
 
-def test_the_best_model_at_the_end_is_the_best_one_to_the_last_tensor(host: Host, tmp_path: Path) -> None:
+def test_the_best_model_at_the_end_is_the_best_one_to_the_last_tensor(host: TransformersHost, tmp_path: Path) -> None:
     model = wrapped(host)
     run = trainer(
+        host,
         model,
         tmp_path,
         max_steps=3,

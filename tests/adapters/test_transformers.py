@@ -5,15 +5,17 @@ import copy
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 from transformers.models.lw_detr.modeling_lw_detr import refine_bboxes
 
 from dfine_plugin import unwrap_decoder, wrap_decoder
 
 from .hosts import Host, build, images, labels, predict, randomise_fdr, wrapped
+from .transformers_hosts import TransformersHost
 
 
 @pytest.fixture
-def host(transformers_host: Host) -> Host:
+def host(transformers_host: TransformersHost) -> TransformersHost:
     return transformers_host
 
 
@@ -25,7 +27,9 @@ def test_a_fresh_wrap_reports_the_hosts_first_boxes(host: Host) -> None:
     boxes = predict(host, model)[1]
     assert not torch.allclose(boxes, predict(host, first)[1])  # the head does act once it is off its zeros
     given = {}
-    baseline.model.decoder.layers[0].register_forward_hook(lambda m, a, out: given.setdefault("hidden", out))
+    baseline.model.decoder.layers[0].register_forward_hook(
+        lambda m, a, out: given.update(hidden=out[0] if isinstance(out, tuple) else out)
+    )
     baseline.model.decoder.register_forward_pre_hook(lambda m, a, kwargs: given.update(kwargs), with_kwargs=True)
     predict(host, baseline)
     if host.fixed_references:
@@ -34,25 +38,21 @@ def test_a_fresh_wrap_reports_the_hosts_first_boxes(host: Host) -> None:
         torch.testing.assert_close(boxes, expected, atol=1e-5, rtol=0)
         return
     if host.one_box_head:
-        head, hidden, reference = baseline.bbox_predictor, given["hidden"][0], given["query_position_embeddings"]
+        head, reference = baseline.bbox_predictor, given["query_position_embeddings"]
     else:
         heads = baseline.model.decoder.bbox_embed
-        head, hidden, reference = (
-            (baseline.bbox_embed if heads is None else heads)[0],
-            given["hidden"],
-            given["reference_points"],
-        )
+        head, reference = (baseline.bbox_embed if heads is None else heads)[0], given["reference_points"]
         reference = reference if host.name.startswith("rt-detr") else torch.logit(reference, eps=1e-5)
-    delta = head(hidden)
+    delta = head(given["hidden"])
     delta[..., : reference.shape[-1]] += reference
     torch.testing.assert_close(boxes, delta.sigmoid(), atol=1e-5, rtol=0)
 
 
-def test_outputs_have_the_hosts_fields_and_shapes(host: Host) -> None:
-    baseline, model = build(host), wrapped(host)
+def test_outputs_have_the_hosts_fields_and_shapes(host: TransformersHost) -> None:
+    baseline, model, inputs = build(host), wrapped(host), host.inputs(images())
     for arguments in ({}, {"labels": labels()}, {"output_hidden_states": True, "output_attentions": True}):
         with torch.no_grad():
-            theirs, ours = baseline(images(), **arguments), model(images(), **arguments)
+            theirs, ours = baseline(**inputs, **arguments), model(**inputs, **arguments)
         assert list(theirs.keys()) == list(ours.keys())
         for key, value in theirs.items():
             if host.name == "deformable-detr-plain" and key == "intermediate_reference_points":
@@ -61,8 +61,12 @@ def test_outputs_have_the_hosts_fields_and_shapes(host: Host) -> None:
                 assert ours[key].shape == value.shape, key
                 assert ours[key].dtype == value.dtype, key
             elif isinstance(value, tuple):
-                assert [v.shape for v in ours[key]] == [v.shape for v in value], key
-    assert isinstance(model(images(), return_dict=False), tuple)
+                assert tree_map(_shape, ours[key]) == tree_map(_shape, value), key
+    assert isinstance(model(**inputs, return_dict=False), tuple)
+
+
+def _shape(x: Tensor) -> tuple[int, ...]:
+    return tuple(x.shape)
 
 
 def test_ties_survive_wrapping(host: Host) -> None:
@@ -99,11 +103,11 @@ def test_hosts_of_one_config_object_are_wrapped_one_by_one(host: Host) -> None:
     assert first.model.config.num_labels == second.config.num_labels == 7
 
 
-def test_bf16_autocast_keeps_boxes_in_float32(host: Host) -> None:
+def test_bf16_autocast_keeps_boxes_in_float32(host: TransformersHost) -> None:
     model = wrapped(host).train()
     torch.manual_seed(0)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        outputs = model(images(), labels=labels())
+        outputs = model(**host.inputs(images()), labels=labels())
     assert outputs.pred_boxes.dtype == torch.float32
     assert torch.isfinite(outputs.loss)
     outputs.loss.backward()
@@ -112,10 +116,10 @@ def test_bf16_autocast_keeps_boxes_in_float32(host: Host) -> None:
     assert not torch.equal(outputs.pred_boxes, outputs.pred_boxes.bfloat16().float())
 
 
-def test_a_model_in_half_precision_keeps_its_bins(host: Host) -> None:
+def test_a_model_in_half_precision_keeps_its_bins(host: TransformersHost) -> None:
     try:
         with torch.no_grad():
-            build(host).bfloat16()(images().bfloat16())
+            build(host).bfloat16()(**host.inputs(images().bfloat16()))
     except RuntimeError as error:
         pytest.skip(f"the bare host cannot do it with this torch: {error}")
     model = wrapped(host)
@@ -123,7 +127,7 @@ def test_a_model_in_half_precision_keeps_its_bins(host: Host) -> None:
     model.bfloat16()
     assert model.model.decoder.fdr.weights.dtype == torch.float32
     with torch.no_grad():
-        outputs = model(images().bfloat16())
+        outputs = model(**host.inputs(images().bfloat16()))
     assert outputs.pred_boxes.dtype == torch.float32
     assert outputs.pred_boxes.isfinite().all()
     assert outputs.pred_boxes.shape == expected[1].shape

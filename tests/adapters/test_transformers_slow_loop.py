@@ -14,10 +14,11 @@ from dfine_plugin import FDRConfig, wrap_decoder
 from . import slow_loop as slow
 from .gradients import assert_same_gradients
 from .hosts import Host, build, default_settings, images, labels, randomise_fdr
+from .transformers_hosts import PHRASES, TEXT_LENGTH, TextHost, TransformersHost
 
 
 @pytest.fixture
-def host(transformers_host: Host) -> Host:
+def host(transformers_host: TransformersHost) -> TransformersHost:
     return transformers_host
 
 
@@ -28,6 +29,8 @@ def refine(model: PreTrainedModel, inputs: dict[str, Any]) -> slow.Predictions:
         return refine_anchors(model, inputs)
     if hasattr(decoder, "ref_point_head"):
         return refine_afterwards(model, inputs)
+    if hasattr(decoder, "reference_points_head"):
+        return refine_with_text(model, inputs)
     is_deformable = "valid_ratios" in inputs
     inputs = dict(inputs)
     hidden = inputs.pop("inputs_embeds")
@@ -93,30 +96,62 @@ def refine_anchors(model: PreTrainedModel, inputs: dict[str, Any]) -> slow.Predi
     return fdr.out
 
 
-def sines(boxes: Tensor, features: int) -> Tensor:
-    """``(B, Q, 4 * features)``: of y, x, w and h, sine and cosine in turn, of periods 1 to 10,000."""
-    pairs = []
-    for coordinate in (boxes[..., 1], boxes[..., 0], boxes[..., 2], boxes[..., 3]):
-        for i in range(features // 2):
-            angle = 2 * math.pi * coordinate / 10_000 ** (2 * i / features)
-            pairs += [angle.sin(), angle.cos()]
-    return torch.stack(pairs, -1)
+def refine_with_text(model: PreTrainedModel, inputs: dict[str, Any]) -> slow.Predictions:
+    """The same where class logits are a query's similarities with the text's tokens, those that are not masked."""
+    decoder = model.model.decoder
+    inputs = dict(inputs)
+    hidden, reference, ratios = (inputs.pop(key) for key in ("inputs_embeds", "reference_points", "valid_ratios"))
+    masked = inputs.pop("text_encoder_attention_mask")
+    attention = masked[:, None, None].expand(-1, decoder.config.decoder_attention_heads, hidden.shape[1], -1)
+    attention = attention.to(hidden.dtype) * torch.finfo(hidden.dtype).min  # added to the scores
+    text = inputs["text_encoder_hidden_states"][:, :TEXT_LENGTH]
+    scaled = hasattr(model.class_embed[0], "bias")
+    fdr = slow.SlowFDR(decoder.fdr)
+    for index, layer in enumerate(decoder.layers):
+        points = reference[:, :, None] * torch.cat([ratios, ratios], -1)[:, None]
+        hidden, *_ = layer(
+            hidden_states=hidden,
+            position_embeddings=decoder.reference_points_head(sines(points[:, :, 0], hidden.shape[-1] // 2)),
+            reference_points=points,
+            text_encoder_attention_mask=attention,
+            **{key: value for key, value in inputs.items() if not key.startswith(("output_", "return_"))},
+        )
+        logits = decoder.layer_norm(hidden) @ text.mT
+        if scaled:
+            logits = logits / hidden.shape[-1] ** 0.5 + model.class_embed[index].bias
+        box = fdr.layer(hidden, slow.first_head(decoder.bbox_embed[0]), reference, 1e-5, logits)
+        reference = box.detach().clamp(1e-5, 1 - 1e-5)  # the host's references are sigmoids
+    return fdr.out
+
+
+def sines(boxes: Tensor, size: int) -> Tensor:
+    """For y, x, w, h so many sines and cosines each, in turns, of frequencies that fall from 2 pi to 2 pi / 10000."""
+    angles = boxes[..., [1, 0, 2, 3], None] * 2 * math.pi / 10000 ** (torch.arange(0, size, 2) / size)
+    return torch.stack([angles.sin(), angles.cos()], -1).flatten(-3)
 
 
 def match_groups(
-    logits: Tensor, boxes: Tensor, targets: list[dict[str, Tensor]], costs: dict[str, float], groups: int
+    logits: Tensor,
+    boxes: Tensor,
+    targets: list[dict[str, Tensor]],
+    costs: dict[str, float],
+    groups: int,
+    phrases: slow.Phrases,
 ) -> slow.Pairs:
     """Each of so many groups of queries by itself."""
     size = logits.shape[1] // groups
     found: slow.Pairs = [[] for _ in targets]
     for start in range(0, size * groups, size):
         own = slice(start, start + size)
-        for pairs, more in zip(found, slow.match(logits[:, own], boxes[:, own], targets, costs), strict=True):
+        matched = slow.match(logits[:, own], boxes[:, own], targets, costs, phrases)
+        for pairs, more in zip(found, matched, strict=True):
             pairs += [(query + start, truth) for query, truth in more]
     return found
 
 
-def run(model: PreTrainedModel, targets: list[dict[str, Tensor]]) -> tuple[Any, slow.Predictions]:
+def run(
+    host: TransformersHost, model: PreTrainedModel, targets: list[dict[str, Tensor]]
+) -> tuple[Any, slow.Predictions]:
     """The adapter's outputs, and the slow loop's from the very inputs that the decoder was given."""
     given: dict[str, Any] = {}
     handle = model.model.decoder.register_forward_pre_hook(
@@ -127,7 +162,7 @@ def run(model: PreTrainedModel, targets: list[dict[str, Tensor]]) -> tuple[Any, 
     pixels = images(len(targets)).to(dtype)
     torch.set_default_dtype(dtype)  # DAB-DETR's queries begin as zeros of the default dtype
     try:
-        outputs = model(pixels, labels=targets)
+        outputs = model(**host.inputs(pixels), labels=targets)
     finally:
         torch.set_default_dtype(default)
     handle.remove()
@@ -144,17 +179,18 @@ def test_boxes_and_logits_and_their_gradients(host: Host, lqe: bool) -> None:
     model = wrap_decoder(build(host), host.config(lqe=lqe)).train()
     randomise_fdr(host, model)
     targets = in_double(model, labels())
-    outputs, expected = run(model, targets)
+    outputs, expected = run(host, model, targets)
     last = outputs.pred_boxes.shape[1]
     boxes, logits = expected.boxes[-1][:, -last:], expected.logits[-1][:, -last:]
     if host.name.startswith("rt-detr"):
         boxes, logits = expected.boxes[-1], expected.logits[-1]
     torch.testing.assert_close(outputs.pred_boxes, boxes, atol=1e-5, rtol=0)
-    torch.testing.assert_close(outputs.logits, logits, atol=1e-5, rtol=0)
+    found = outputs.logits[..., : logits.shape[-1]]  # behind the text there is minus infinity
+    torch.testing.assert_close(found, logits.to(found.dtype), atol=1e-5, rtol=0)
     generator = torch.Generator().manual_seed(7)
     probe = torch.randn(boxes.shape, generator=generator).double()
     assert_same_gradients(model, (outputs.pred_boxes * probe).sum(), (boxes * probe).sum(), 1e-4)
-    assert_same_gradients(model, outputs.logits.square().mean(), logits.square().mean(), 1e-4)
+    assert_same_gradients(model, found.square().mean(), logits.square().mean(), 1e-4)
 
 
 def slow_losses(
@@ -170,7 +206,8 @@ def slow_losses(
     )
     l1_weight = own.weight_loss_bbox if rt_detr else own.bbox_loss_coefficient
     giou_weight = own.weight_loss_giou if rt_detr else own.giou_loss_coefficient
-    class_weight, class_name = (own.weight_loss_vfl, "loss_vfl") if rt_detr else (1.0, "loss_ce")
+    phrases = PHRASES if isinstance(host, TextHost) else None
+    class_weight, class_name = (own.weight_loss_vfl, "loss_vfl") if rt_detr else (2.0 if phrases else 1.0, "loss_ce")
     grouped = hasattr(own, "group_detr")
     groups = own.group_detr if grouped else 1
     aux = "_aux_" if rt_detr else "_"
@@ -186,7 +223,9 @@ def slow_losses(
         sets[f"{aux}{num_layers - 1}"] = (outputs.enc_topk_logits, outputs.enc_topk_bboxes)
     if grouped:
         sets["_enc"] = (outputs.enc_outputs_class, outputs.enc_outputs_coord_logits)
-    matches = {s: match_groups(*sets[s], targets, costs, groups) for s in sets}
+    if phrases is not None:
+        sets["_enc"] = (outputs.encoder_logits[..., :TEXT_LENGTH], outputs.encoder_pred_boxes)
+    matches = {s: match_groups(*sets[s], targets, costs, groups, phrases) for s in sets}
     truths = max(groups * sum(len(t["boxes"]) for t in targets), 1)
     united = slow.union(list(matches.values()))
     norm = max(sum(len(p) for p in united), 1) if config.union else truths
@@ -199,7 +238,7 @@ def slow_losses(
         elif grouped:
             term = slow.iou_aware(logits, boxes, targets, own_pairs, n)
         else:
-            term = slow.focal(logits, targets, own_pairs, n)
+            term = slow.focal(logits, targets, own_pairs, n, phrases)
         losses[class_name + suffix] = class_weight * term
         terms = slow.box_terms(boxes, targets, pairs, n_box)
         losses["loss_bbox" + suffix] = l1_weight * terms["loss_bbox"]
@@ -243,7 +282,7 @@ def test_every_loss_term_and_its_gradient(host: Host, settings: dict[str, Any], 
     model = wrap_decoder(build(host), config).train()
     randomise_fdr(host, model)
     targets = in_double(model, labels(counts))
-    outputs, predictions = run(model, targets)
+    outputs, predictions = run(host, model, targets)
     expected = slow_losses(host, model, outputs, predictions, targets, config)
     ours = {name: term for name, term in outputs.loss_dict.items() if "cardinality" not in name}
     assert ours.keys() == expected.keys()

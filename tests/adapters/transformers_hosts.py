@@ -1,15 +1,22 @@
 """The rows of transformers: real classes, small."""
 
+import torch
 import transformers
 from torch import Tensor, nn
 from transformers import (
+    BertConfig,
     DabDetrConfig,
     DabDetrForObjectDetection,
     DeformableDetrConfig,
     DeformableDetrForObjectDetection,
+    GroundingDinoConfig,
+    GroundingDinoForObjectDetection,
     LwDetrConfig,
     LwDetrForObjectDetection,
     LwDetrViTConfig,
+    MMGroundingDinoConfig,
+    MMGroundingDinoForObjectDetection,
+    PreTrainedConfig,
     PreTrainedModel,
     ResNetConfig,
     RTDetrConfig,
@@ -18,6 +25,8 @@ from transformers import (
     RTDetrV2Config,
     RTDetrV2ForObjectDetection,
 )
+
+from dfine_plugin.adapters.transformers.prompt import fix_prompt
 
 from .hosts import IMAGE_SIZE, NUM_CLASSES, NUM_LAYERS, Host, labels
 
@@ -131,6 +140,43 @@ def _rf_detr() -> PreTrainedModel:
     return RfDetrForObjectDetection(RfDetrConfig(backbone_config=RfDetrDinov2Config(**_VIT), **_GROUPS))
 
 
+PHRASES = ((1, 2), (4,), (6, 7, 8))
+"""For each class its tokens in the text of hosts that take one."""
+TEXT = {
+    # delimiters around the phrases, a filling that is masked behind
+    "input_ids": torch.tensor([[101, 20, 21, 1012, 30, 1012, 40, 41, 42, 1012, 102, 0]]),
+    "attention_mask": torch.tensor([[1] * 11 + [0]]),
+}
+TEXT_LENGTH = int(TEXT["attention_mask"].sum())
+_TEXT = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "vocab_size": 1100,
+    "max_position_embeddings": 32,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+_GROUNDING = {
+    "d_model": 32,
+    "encoder_layers": 1,
+    **_DECODER,
+    "num_feature_levels": 3,
+    "max_text_len": 16,
+    "auxiliary_loss": True,
+    "dropout": 0.0,
+    "fusion_droppath": 0.0,
+}
+
+
+def _grounding_dino(config: type[PreTrainedConfig], host: type[PreTrainedModel], **settings: bool) -> PreTrainedModel:
+    parts = {"backbone_config": ResNetConfig(**_BACKBONE), "text_config": BertConfig(**_TEXT)}
+    model = host(config(**parts, **_GROUNDING, **settings))
+    fix_prompt(model, **TEXT)
+    return model.requires_grad_(True)  # the host freezes its backbone
+
+
 class TransformersHost(Host):
     """A model that takes pixels and labels, and returns outputs with loss and loss_dict."""
 
@@ -140,22 +186,39 @@ class TransformersHost(Host):
     def encoder(self) -> str:
         return "model.backbone" if self.fixed_references else super().encoder
 
+    def inputs(self, images: Tensor) -> dict[str, Tensor]:
+        """The arguments of a forward for ``(B, 3, H, W)`` images, but for the labels."""
+        return {"pixel_values": images}
+
     def losses(self, model: nn.Module, images: Tensor, labels: list[dict[str, Tensor]]) -> tuple[Tensor, dict]:
-        outputs = model(images, labels=labels)
+        outputs = model(**self.inputs(images), labels=labels)
         return outputs.loss, outputs.loss_dict
 
     def predict(self, model: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
-        outputs = model(images)
+        outputs = model(**self.inputs(images))
         return outputs.logits, outputs.pred_boxes
 
     def predict_layers(self, model: nn.Module, images: Tensor) -> list[tuple[Tensor, Tensor]]:
-        outputs = model(images, labels=labels())
+        outputs = model(**self.inputs(images), labels=labels())
         # RT-DETR's have the encoder's behind
         sets = [(layer["logits"], layer["pred_boxes"]) for layer in outputs.auxiliary_outputs[: NUM_LAYERS - 1]]
         return [*sets, (outputs.logits, outputs.pred_boxes)]
 
     def without_auxiliary_losses(self, model: nn.Module) -> None:
         model.config.auxiliary_loss = False
+
+
+class TextHost(TransformersHost):
+    """A model that takes a text, too, and whose logits are of the text's tokens."""
+
+    def inputs(self, images: Tensor) -> dict[str, Tensor]:
+        text = {name: tokens.to(images.device).expand(len(images), -1) for name, tokens in TEXT.items()}
+        return {"pixel_values": images, **text}
+
+    def predict(self, model: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
+        logits, boxes = super().predict(model, images)
+        assert (logits[..., TEXT_LENGTH:] == -torch.inf).all()
+        return logits[..., :TEXT_LENGTH], boxes
 
 
 HOSTS = [
@@ -179,5 +242,20 @@ HOSTS = [
         one_box_head=True,
         fixed_references=True,
         missing=None if hasattr(transformers, "RfDetrConfig") else "this release of transformers has no RF-DETR",
+    ),
+    TextHost(
+        "grounding-dino",
+        lambda: _grounding_dino(GroundingDinoConfig, GroundingDinoForObjectDetection),
+        weighted_loss_dict=False,
+    ),
+    TextHost(
+        "mm-grounding-dino",
+        lambda: _grounding_dino(
+            MMGroundingDinoConfig,
+            MMGroundingDinoForObjectDetection,
+            decoder_bbox_embed_share=False,
+            decoder_cls_embed_share=False,
+        ),
+        weighted_loss_dict=False,
     ),
 ]

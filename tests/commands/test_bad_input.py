@@ -181,6 +181,9 @@ def test_checkpoints_that_cannot_be_read(tmp_path: Path) -> None:
     BertConfig().save_pretrained(tmp_path)
     said = f"Invalid value for --model: {tmp_path} cannot be loaded: Unrecognized configuration class .*AutoModel"
     assert re.search(rf"{said}ForObjectDetection\. ", refused(*call))
+    wrapped(ROWS["grounding-dino"]).config.save_pretrained(tmp_path)
+    said = f"Invalid value for --model: {tmp_path} holds a grounding-dino, which wants a text beside each image"
+    assert said in refused(*call)
 
 
 def test_more_detections_than_there_are(tmp_path: Path) -> None:

@@ -1,11 +1,10 @@
-"""For hosts whose decoder runs as it is: box heads that refine distributions when it asks them for boxes.
+"""Decoders that run as they are, and refine distributions in their box heads.
 
-A decoder asks a box head, layer by layer, for what to add to the reference's logits; the model asks again, on the
+Such a decoder asks a box head, layer by layer, for what to add to the reference's logits; the model asks again, on the
 levels' hidden states, for what it reports. Both kinds of heads give way to heads that answer
 ``logit(box) - isig(reference)``, so that what comes out is the refined box: exact, for the reference is the very one
 that the host adds. The decoder's answer is detached, as refined references are, from everything but an initial
-reference with a gradient, whose gradient it cancels; so nothing leaks where a host looks forward twice. The model's
-heads are in :mod:`~dfine_plugin.adapters.recomputed_boxes`.
+reference with a gradient, whose gradient it cancels; so nothing leaks where a host looks forward twice.
 """
 
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from dfine_plugin.boxes import at_least_float32
 from dfine_plugin.head import FDRHead, Refinement
 from dfine_plugin.record import FDRRecord, close_scope, closes_on_interrupt, current_scope, in_scope, open_scope
 
-from .recomputed_boxes import logit
+from .recomputed_boxes import four, logit
 
 
 @dataclass
@@ -56,7 +55,9 @@ class Progress:
         assert self.state.probabilities is not None
         self.record.add(self.state, self.fdr.quality_logits(layer, self.state.probabilities))
         self.record.reference_logits.append(self.reference_logits)
-        delta = logit(self.state.boxes.detach()) - self.reference_logits
+        # a host in half precision goes on in it
+        boxes = self.state.boxes.detach().to(self.reference_logits.dtype)
+        delta = logit(boxes) - self.reference_logits
         # the host's arithmetic, step by step: bit for bit the logits that it will add next
         self.reference_logits = self.inverse_sigmoid((delta + self.reference_logits).detach().sigmoid())
         return delta
@@ -69,16 +70,17 @@ class RefiningBoxHead(nn.Module):
         return current_scope().progress.refine(hidden_states)
 
 
-class InitialBoxHead:
-    """Mixin before the host's class of box heads: the decoder's first one, then the refinement by the first layer.
+class InitialBoxHead(nn.Module):
+    """Mixin before the class of a decoder's first box head: as the host has it, then the refinement by the first
+    layer.
 
-    The only one, where all layers share it: it locates the initial boxes when first called in a run.
+    So too of the only one, where all layers share it: it locates the initial boxes when first called in a run.
     """
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         progress = current_scope().progress
         if progress.record is None:
-            progress.begin(super().forward(hidden_states))  # type: ignore[misc]
+            progress.begin(super().forward(hidden_states))
         return progress.refine(hidden_states)
 
 
@@ -86,16 +88,15 @@ class RefiningDecoder(nn.Module):
     """Mixin before a host's decoder: its box heads share one :class:`Progress` a run, and leave one record."""
 
     fdr: FDRHead
-    deployed = False
+    deployed: bool = False
 
-    @staticmethod
-    def inverse_sigmoid(reference: Tensor) -> Tensor:
-        """The host's own, with its epsilon."""
+    def inverse_sigmoid(self, reference: Tensor) -> Tensor:
+        """The host's ``isig``."""
         raise NotImplementedError
 
     def initial_reference_logits(self, **inputs: Any) -> Tensor:
         """``isig`` of the initial reference among the decoder's inputs, ``(B, Q, 4)``."""
-        raise NotImplementedError
+        return four(self.inverse_sigmoid(inputs["reference_points"]))
 
     @closes_on_interrupt
     def forward(self, *args, **kwargs):
@@ -117,5 +118,5 @@ class RefiningDecoder(nn.Module):
         return self.last_level(scope.record, outputs) if self.deployed else outputs
 
     def last_level(self, record: FDRRecord, outputs: Any) -> Any:
-        """What a deployed decoder returns, of the host's outputs: one level, box and quality as further channels."""
+        """What a deployed decoder returns: one level, for which the model adds the initial reference."""
         raise NotImplementedError

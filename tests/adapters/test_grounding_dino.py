@@ -1,0 +1,134 @@
+"""What only hosts have that take a text: phrases for classes, texts that differ, a text that is fixed."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from transformers import GroundingDinoConfig, GroundingDinoForObjectDetection
+from transformers.loss.loss_grounding_dino import GroundingDinoHungarianMatcher, GroundingDinoImageLoss
+from transformers.models.grounding_dino.modeling_grounding_dino import SPECIAL_TOKENS, build_label_maps
+
+from dfine_plugin import FDRConfig, InvalidTargetError, UnsupportedModelError, calibrate, deploy, wrap_decoder
+from dfine_plugin.adapters.transformers.grounding_dino import UnionGroundingDinoLoss, count_phrases
+from dfine_plugin.adapters.transformers.prompt import fix_prompt
+from dfine_plugin.registry import find_adapter
+from dfine_plugin.validation import FiniteCheck
+from dfine_plugin.wrapping import predict_distributions
+
+from .hosts import build, images, labels, wrapped
+from .transformers_hosts import HOSTS, TEXT, TextHost, _grounding_dino
+
+TEXTS = torch.tensor(
+    [
+        [101, 20, 21, 1012, 30, 1012, 102, 0, 0, 0],  # two phrases
+        [101, 20, 1012, 30, 31, 32, 1012, 40, 1012, 102],  # three
+    ]
+)
+
+
+@pytest.fixture(params=[host for host in HOSTS if isinstance(host, TextHost)], ids=str)
+def host(request: pytest.FixtureRequest) -> TextHost:
+    return request.param
+
+
+@given(st.lists(st.sampled_from([0, 20, 30, *SPECIAL_TOKENS]), min_size=1, max_size=12))
+def test_phrases_are_counted_as_the_host_maps_them(tokens: list[int]) -> None:
+    text = torch.tensor([tokens])
+    (maps,) = build_label_maps(torch.empty(1, len(tokens)), text)
+    assert count_phrases(text).tolist() == [len(maps)]
+
+
+def predictions(seed: int) -> dict[str, Tensor]:
+    """A prediction set of two images with a text each, six queries."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(2, 6, 16, generator=generator)
+    mask = torch.zeros(2, 6, 16, dtype=torch.bool)
+    mask[:, :, : TEXTS.shape[1]] = (TEXTS != 0)[:, None]
+    boxes = 0.2 + 0.5 * torch.rand(2, 6, 4, generator=generator)
+    label_maps = build_label_maps(logits, TEXTS)
+    logits = logits.masked_fill(~mask, -torch.inf)
+    return {"logits": logits, "pred_boxes": boxes, "label_maps": label_maps, "text_mask": mask}
+
+
+def criterion(kind: type[GroundingDinoImageLoss], **settings: object) -> GroundingDinoImageLoss:
+    matcher = GroundingDinoHungarianMatcher(class_cost=20.0, bbox_cost=0.5, giou_cost=0.2)
+    return kind(matcher=matcher, focal_alpha=0.25, losses=["labels"], **settings)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_truths_are_matched_by_the_tokens_of_their_own_images_text(seed: int) -> None:
+    sets = [predictions(2 * seed), predictions(2 * seed + 1)]
+    targets = labels((2, 3), seed)
+    targets[0]["class_labels"].clamp_(max=1)
+    ours = criterion(UnionGroundingDinoLoss, label_maps=sets[0]["label_maps"])
+    theirs = ours.matcher
+    check = FiniteCheck({"boxes": sets[0]["pred_boxes"]})
+    ours.match([(one, targets) for one in sets], FDRConfig.paper(), check)
+    for one in sets:
+        found, expected = ours.matcher(one, targets), theirs(one, targets)
+        assert all(torch.equal(a, b) for pair in zip(found, expected, strict=True) for a, b in zip(*pair, strict=True))
+
+
+def test_the_class_loss_is_the_hosts_and_so_is_its_gradient() -> None:
+    outputs, targets = predictions(0), labels((2, 2))
+    targets[0]["class_labels"].clamp_(max=1)
+    targets[1] = {name: tensor[:0] for name, tensor in targets[1].items()}
+    pairs = [(torch.tensor([1, 4]), torch.tensor([1, 0])), (torch.tensor([], dtype=torch.int64),) * 2]
+    found = []
+    for one in (criterion(UnionGroundingDinoLoss, label_maps=outputs["label_maps"]), criterion(GroundingDinoImageLoss)):
+        logits = outputs["logits"].clone().requires_grad_(True)
+        loss = one.loss_labels({**outputs, "logits": logits}, targets, pairs, 3.0)["loss_ce"]
+        loss.backward()
+        found.append((loss.detach(), logits.grad))
+    assert found[1][0] > 0
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_labels_name_phrases_of_their_own_images_text(host: TextHost) -> None:
+    model = wrapped(host).train()
+    inputs = {"pixel_values": images(), "input_ids": TEXTS, "attention_mask": (TEXTS != 0).long()}
+    targets = labels()
+    targets[0]["class_labels"].fill_(1)
+    targets[1]["class_labels"].fill_(2)
+    targets[0]["class_labels"][1] = 2
+    with pytest.raises(InvalidTargetError, match=r"^image 0, truth 1: label 2 is out of range for 2 classes$"):
+        model(**inputs, labels=targets)
+
+
+def test_a_fixed_text_stands_for_the_text_of_all_images(host: TextHost) -> None:
+    model = build(host)
+    text = {"input_ids": TEXTS[1:], "token_type_ids": torch.zeros_like(TEXTS[1:])}
+    for network in (model, wrap_decoder(model, host.config()), copy.deepcopy(model), deploy(model)):
+        fix_prompt(network, **text)
+        with torch.no_grad():
+            logits, boxes = find_adapter(network).detector(network)(images())
+            expected = network(images(), **{name: tokens.expand(2, -1) for name, tokens in text.items()})
+        assert torch.equal(logits, expected.logits)
+        assert torch.equal(boxes, expected.pred_boxes)
+
+
+def test_without_a_fixed_text_images_alone_are_refused(host: TextHost) -> None:
+    model = wrap_decoder(type(build(host))(build(host).config), host.config()).eval()
+    for call in (calibrate, predict_distributions):
+        with pytest.raises(UnsupportedModelError, match=r"is asked with images and a text.*fix_prompt\(model"):
+            call(model, [images()] if call is calibrate else images())
+
+
+@pytest.mark.parametrize("text", [TEXTS, TEXTS[0], "a cat."], ids=["two texts", "no batch", "no tokens"])
+def test_a_text_that_is_none_is_not_fixed(text: object) -> None:
+    with pytest.raises(ValueError, match=r"takes tensors \(1, T\) of one text; input_ids is none"):
+        fix_prompt(nn.Identity(), text)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"of one text; attention_mask is none"):
+        fix_prompt(nn.Identity(), TEXT["input_ids"], attention_mask=text)  # type: ignore[arg-type]
+
+
+def test_box_heads_that_model_and_decoder_do_not_share_are_refused() -> None:
+    model = _grounding_dino(GroundingDinoConfig, GroundingDinoForObjectDetection, tie_word_embeddings=False)
+    before = list(model.state_dict())
+    with pytest.raises(UnsupportedModelError, match="different box heads on model and decoder"):
+        wrap_decoder(model)
+    assert list(model.state_dict()) == before
