@@ -105,8 +105,7 @@ class TransformersAdapter:
         if labels is not None:
             if model.training:
                 host_parts.warn_of_frozen_head(model, "model.decoder.fdr")
-            count = None if pixels is None else len(pixels)
-            check_targets(labels, model.config.num_labels, "class_labels", "boxes", num_images=count)
+            check_targets(labels, model.config.num_labels, "class_labels", "boxes", images=pixels)
         return labels
 
     def host_boxes(self, model: Host, layer: int, hidden_states: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
