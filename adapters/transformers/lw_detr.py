@@ -68,8 +68,9 @@ class RecordedClassifier(nn.Linear):
             record.initial_logits = super().forward(current_scope().progress.first_hidden_states)
         if not record.quality_logits:
             return logits
-        quality = record.quality_logits[-1] if hidden_states.ndim == 3 else torch.stack(record.quality_logits)
-        return logits + quality.to(logits.dtype)
+        # all layers', so that those without a loss get a gradient of zero: DistributedDataParallel waits for one
+        quality = torch.stack(record.quality_logits)
+        return logits + (quality[-1] if hidden_states.ndim == 3 else quality).to(logits.dtype)
 
 
 @dataclass
