@@ -12,12 +12,16 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import (
     DeformableDetrConfig,
     DeformableDetrForObjectDetection,
+    LwDetrConfig,
+    LwDetrForObjectDetection,
+    LwDetrViTConfig,
     ResNetConfig,
     RTDetrConfig,
     RTDetrForObjectDetection,
@@ -30,7 +34,7 @@ from dfine_plugin import FDRConfig, deploy, load_pretrained, unwrap_decoder, wra
 from dfine_plugin.record import in_scope
 
 from .hosts import NUM_CLASSES, build, randomise_fdr
-from .transformers_hosts import _BACKBONE, _DEFORMABLE, _RT_DETR, TransformersHost
+from .transformers_hosts import _BACKBONE, _DEFORMABLE, _GROUPS, _RT_DETR, _VIT, TransformersHost
 
 LAW = settings(
     max_examples=int(os.environ.get("DFINE_EXAMPLES", "3")),
@@ -44,6 +48,8 @@ RT_DETRS = {
     "rt-detr-v2": (RTDetrV2Config, RTDetrV2ForObjectDetection),
 }
 DEFORMABLES = {"two-stage": (True, True), "refine": (False, True), "plain": (False, False)}
+GROUPED = ["lw-detr", *(["rf-detr"] if hasattr(transformers, "RfDetrConfig") else [])]
+FAMILIES = [*RT_DETRS, *DEFORMABLES, *GROUPED]
 
 
 @dataclass(repr=False)
@@ -57,6 +63,8 @@ class Case:
 
 
 def _build(family: str, layers: int, queries: int, heads: int, **others: Any) -> nn.Module:
+    if family in GROUPED:
+        return _build_grouped(family, decoder_layers=layers, num_queries=queries, heads=heads, **others)
     common = {"decoder_layers": layers, "num_queries": queries, "decoder_attention_heads": heads, **others}
     if family in RT_DETRS:
         config, model = RT_DETRS[family]
@@ -71,6 +79,21 @@ def _build(family: str, layers: int, queries: int, heads: int, **others: Any) ->
     return DeformableDetrForObjectDetection(config).requires_grad_(True)
 
 
+def _build_grouped(family: str, heads: int, windows: int, scales: list[float], **others: Any) -> nn.Module:
+    common = {**_GROUPS, "decoder_self_attention_heads": heads, "decoder_cross_attention_heads": heads, **others}
+    if family == "lw-detr":
+        backbone = LwDetrViTConfig(
+            pretrain_image_size=64, window_block_indices=[0], **{**_VIT, "num_windows": windows * windows}
+        )
+        return LwDetrForObjectDetection(
+            LwDetrConfig(backbone_config=backbone, projector_scale_factors=scales, **common)
+        )
+    from transformers.models.rf_detr.configuration_rf_detr import RfDetrDinov2Config
+
+    backbone = RfDetrDinov2Config(**{**_VIT, "num_windows": windows})
+    return transformers.RfDetrForObjectDetection(transformers.RfDetrConfig(backbone_config=backbone, **common))
+
+
 def _boxes(draw: st.DrawFn, count: int, shortest: float) -> Tensor:
     """``(count, 4)``, from a pixel to the whole image, some at its border."""
     unit = st.floats(0, 1, width=32)
@@ -83,17 +106,22 @@ def _boxes(draw: st.DrawFn, count: int, shortest: float) -> Tensor:
 @st.composite
 def cases(draw: st.DrawFn, family: str) -> Case:
     """Everything that a host of the family takes."""
-    is_rt_detr = family in RT_DETRS
-    # others than RT-DETR declare ties that a single layer does not have, and cannot be built
-    queries, layers = draw(st.integers(2, 12)), draw(st.integers(1 if family == "rt-detr" else 2, 6))
+    is_rt_detr, is_grouped = family in RT_DETRS, family in GROUPED
+    # RT-DETRv2 and Deformable-DETR declare ties that a single layer does not have, and cannot be built
+    queries, layers = draw(st.integers(2, 12)), draw(st.integers(1 if family == "rt-detr" or is_grouped else 2, 6))
     others: dict[str, Any] = {"auxiliary_loss": draw(st.booleans())}
     if is_rt_detr:
         others["num_denoising"] = draw(st.sampled_from([0, 6, 20]))
+    elif is_grouped:
+        others["group_detr"] = draw(st.integers(1, 3))
+        others["windows"] = draw(st.integers(1, 2))
+        others["scales"] = draw(st.sampled_from([[1.0], [2.0], [2.0, 1.0], [1.0, 0.5]]))
     else:
         others["num_feature_levels"] = draw(st.integers(3, 4))  # the backbone has three
-    # RT-DETR merges levels, and wants multiples of 32; norms want more than one pixel of the coarsest level
+    # RT-DETR merges levels, LW-DETR splits patches into windows, and both want multiples of 32; norms want more than one
+    # pixel of the coarsest level
     coarsest = 32 if others.get("num_feature_levels", 3) == 3 else 64
-    side = st.integers(2, 4).map(lambda n: 32 * n) if is_rt_detr else st.integers(coarsest + 1, 120)
+    side = st.integers(2, 4).map(lambda n: 32 * n) if is_rt_detr or is_grouped else st.integers(coarsest + 1, 120)
     height, width = draw(side), draw(side)
     heads = draw(st.sampled_from([1, 2, 4]))
     note(f"{family}: {layers} layers, {queries} queries, {heads} heads, {others}, {height} x {width}")
@@ -151,7 +179,7 @@ def assert_close(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", [*RT_DETRS, *DEFORMABLES])
+@pytest.mark.parametrize("family", FAMILIES)
 @LAW
 @given(st.data())
 def test_the_life_of_a_wrapped_host(family: str, data: st.DataObject) -> None:
@@ -178,7 +206,7 @@ def test_the_life_of_a_wrapped_host(family: str, data: st.DataObject) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", [*RT_DETRS, *DEFORMABLES])
+@pytest.mark.parametrize("family", FAMILIES)
 @LAW
 @given(st.data())
 def test_the_order_of_images_and_truths_and_an_image_without_truths(family: str, data: st.DataObject) -> None:
