@@ -33,9 +33,24 @@ def four(centres_or_boxes: Tensor) -> Tensor:
     return F.pad(centres_or_boxes, (0, 2)) if centres_or_boxes.shape[-1] == 2 else centres_or_boxes
 
 
+LARGEST_HALF = 1 - 2**-7
+"""The largest reference in float16 that a model may add the logits of. Its ``isig`` of 1 divides by 1e-5 there, which
+is infinite, and no delta leads back from that; and the derivative holds ``(1 - x)^-2``, which has to stay below 65504."""
+
+
 def finite_logits(reference: Tensor) -> Tensor:
-    """A reference whose logits the model can take: in float16 its ``isig`` of 1 divides by 1e-5, which is infinite."""
-    return reference.clamp(max=1 - torch.finfo(torch.float16).eps) if reference.dtype == torch.float16 else reference
+    """A reference whose logits the model can take."""
+    return reference.clamp(max=LARGEST_HALF) if reference.dtype == torch.float16 else reference
+
+
+def split_initial_reference(reference: Tensor) -> Tensor:
+    """The initial reference, for a decoder to go on with, of a model that keeps the tensor and adds its logits by
+    itself: in place, that one becomes :func:`finite_logits`."""
+    if reference.dtype != torch.float16:
+        return reference
+    own = reference.clone()
+    reference.data.clamp_(max=LARGEST_HALF)  # past autograd: the sigmoid behind it looks at what it gave
+    return own
 
 
 class RecordedBoxHead(nn.Module):
