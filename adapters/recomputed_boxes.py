@@ -35,7 +35,7 @@ def four(centres_or_boxes: Tensor) -> Tensor:
 
 LARGEST_HALF = 1 - 2**-7
 """The largest reference in float16 that a model may add the logits of. Its ``isig`` of 1 divides by 1e-5 there, which
-is infinite, and no delta leads back from that; and the derivative holds ``(1 - x)^-2``, which has to stay below 65504."""
+is infinite, and no delta leads back from that; its derivative there holds ``(1 - x)^-2``, which 65504 bounds."""
 
 
 def finite_logits(reference: Tensor) -> Tensor:
