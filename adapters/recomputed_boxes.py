@@ -34,9 +34,24 @@ def four(centres_or_boxes: Tensor) -> Tensor:
     return F.pad(centres_or_boxes, (0, 2)) if centres_or_boxes.shape[-1] == 2 else centres_or_boxes
 
 
+LARGEST_HALF = 1 - 2**-7
+"""The largest reference in float16 that a model may add the logits of. Its ``isig`` of 1 divides by 1e-5 there, which
+is infinite, and no delta leads back from that; its derivative there holds ``(1 - x)^-2``, which 65504 bounds."""
+
+
 def finite_logits(reference: Tensor) -> Tensor:
-    """A reference whose logits the model can take: in float16 its ``isig`` of 1 divides by 1e-5, which is infinite."""
-    return reference.clamp(max=1 - torch.finfo(torch.float16).eps) if reference.dtype == torch.float16 else reference
+    """A reference whose logits the model can take."""
+    return reference.clamp(max=LARGEST_HALF) if reference.dtype == torch.float16 else reference
+
+
+def split_initial_reference(reference: Tensor) -> Tensor:
+    """The initial reference, for a decoder to go on with, of a model that keeps the tensor and adds its logits by
+    itself: in place, that one becomes :func:`finite_logits`."""
+    if reference.dtype != torch.float16:
+        return reference
+    own = reference.clone()
+    reference.data.clamp_(max=LARGEST_HALF)  # past autograd: the sigmoid behind it looks at what it gave
+    return own
 
 
 class RecordedBoxHead(nn.Module):
@@ -96,8 +111,9 @@ class StackedClassifier(nn.Linear):
             )
         if not record.quality_logits:
             return logits
-        quality = torch.stack(record.quality_logits) if of_all else record.quality_logits[-1]
-        return logits + quality.to(logits.dtype)
+        # all layers', so that those without a loss get a gradient of zero: DistributedDataParallel waits for one
+        quality = torch.stack(record.quality_logits)
+        return logits + (quality if of_all else quality[-1]).to(logits.dtype)
 
 
 class DeployedBoxHead(nn.Module):

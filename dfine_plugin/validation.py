@@ -20,9 +20,10 @@ def check_targets(
     num_classes: int | Tensor,
     labels_key: str,
     boxes_key: str,
-    num_images: int | None = None,
+    images: Sequence[Tensor] | Tensor | None = None,
 ) -> None:
-    """Refuse ground truths that no loss can use, before the host computes with them. Reads the truths' device once.
+    """Refuse ground truths that no loss can use, and images that are not finite, before the host computes with them,
+    and takes them into the statistics of its batch norms. Reads the truths' device once.
 
     A box that reaches beyond its image is warned of, once a process: losses can use it.
 
@@ -31,12 +32,13 @@ def check_targets(
             where there are none.
         num_classes: labels lie in ``[0, num_classes)``; ``(B,)`` where each image has classes of its own.
         labels_key, boxes_key: the host's keys of the two.
-        num_images: as many targets there must be.
+        images: as many as targets.
 
     Raises:
         InvalidTargetError: names the image, the truth and its value.
+        NonFiniteError: names the images, and how much of them is not finite.
     """
-    _check_structure(targets, labels_key, boxes_key, num_images)
+    _check_structure(targets, labels_key, boxes_key, None if images is None else len(images))
     if not targets:
         return
     labels = torch.cat([target[labels_key] for target in targets])
@@ -46,7 +48,11 @@ def check_targets(
         bounds = torch.cat([n.expand(len(target[labels_key])) for n, target in zip(num_classes, targets, strict=True)])
     wrong_label = (labels < 0) | (labels >= bounds)
     wrong_box = ~boxes.isfinite().all(-1) | (boxes[:, 2:] <= 0).any(-1) | (boxes.abs() > LARGEST_COORDINATE).any(-1)
-    is_wrong, is_beyond = torch.stack([(wrong_label | wrong_box).any(), _beyond(boxes).any()]).tolist()
+    verdicts = torch.stack([(wrong_label | wrong_box).any(), _beyond(boxes).any()])
+    pixels = FiniteCheck({f"image {i}": x for i, x in enumerate(() if images is None else images) if _can_be_nan(x)})
+    crossed = torch.cat([verdicts, pixels.sums.to(verdicts.device)]).cpu()  # the only wait for the device
+    is_wrong, is_beyond = crossed[:2].bool().tolist()
+    pixels.settle(crossed[2:])
     if is_wrong:
         _name_culprit(targets, num_classes, labels_key, boxes_key)
     if is_beyond:
@@ -102,6 +108,10 @@ def _name_culprit(
                 )
 
 
+def _can_be_nan(image: Tensor) -> bool:
+    return isinstance(image, Tensor) and image.is_floating_point()
+
+
 def _beyond(boxes: Tensor) -> Tensor:
     """Whether each of the boxes ``(n, 4)`` cxcywh reaches beyond the image."""
     return ((boxes[:, :2] - 0.5).abs() + boxes[:, 2:] / 2 > 0.5 + TOLERANCE).any(-1)
@@ -143,7 +153,8 @@ class FiniteCheck:
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self.tensors = {name: tensor.detach() for name, tensor in tensors.items()}
         # a sum is NaN or infinite as soon as one element is, and reads each tensor once without a mask of its size
-        self.sums = torch.stack([tensor.sum(dtype=torch.float32) for tensor in self.tensors.values()])
+        sums = [tensor.sum(dtype=torch.float32) for tensor in self.tensors.values()]
+        self.sums = torch.stack(sums) if sums else torch.zeros(0)
 
     def settle(self, sums: Tensor) -> None:
         """Refuse what is not finite.

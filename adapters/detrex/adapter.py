@@ -110,7 +110,8 @@ class DetrexAdapter:
         host_parts.warn_of_frozen_head(model, f"{DECODER}.fdr")
         (batched_inputs,) = (*args, *kwargs.values())
         targets = [_relative_targets(inputs["instances"]) for inputs in batched_inputs]
-        check_targets(targets, model.num_classes, labels_key="gt_classes", boxes_key="gt_boxes")
+        images = [inputs["image"] for inputs in batched_inputs]
+        check_targets(targets, model.num_classes, labels_key="gt_classes", boxes_key="gt_boxes", images=images)
         if not any(len(target["gt_classes"]) for target in targets):
             current_scope().idle.extend(self.denoising_parameters(model))
 

@@ -107,8 +107,7 @@ class TransformersAdapter:
         if labels is not None:
             if model.training:
                 host_parts.warn_of_frozen_head(model, "model.decoder.fdr")
-            count = None if pixels is None else len(pixels)
-            check_targets(labels, self.num_classes(model, given), "class_labels", "boxes", num_images=count)
+            check_targets(labels, self.num_classes(model, given), "class_labels", "boxes", images=pixels)
         return labels
 
     def num_classes(self, model: Host, given: Mapping[str, Any]) -> int | Tensor:

@@ -48,7 +48,7 @@ class FDRDeformableDetrDecoder(host.DeformableDetrDecoder):
         valid_ratios=None,
         **kwargs,
     ):
-        hidden_states, reference = inputs_embeds, reference_points
+        hidden_states, reference = inputs_embeds, recomputed_boxes.split_initial_reference(reference_points)
         hidden: list[Tensor] = []
         references: list[Tensor] = []
         for index, layer in enumerate(self.layers):
@@ -69,7 +69,7 @@ class FDRDeformableDetrDecoder(host.DeformableDetrDecoder):
                 state = self.fdr.start(initial_boxes)
                 record = FDRRecord(self.fdr.weights, initial_boxes)
             state = self.fdr(index, hidden_states, state)
-            added = references[-1] if references else reference  # by the model, to what its box head gives
+            added = references[-1] if references else reference_points  # by the model, to what its box head gives
             record.reference_logits.append(recomputed_boxes.four(host.inverse_sigmoid(added)))
             record.add(state, self.fdr.quality_logits(index, state.probabilities))
             reference = state.boxes.detach().to(reference.dtype)

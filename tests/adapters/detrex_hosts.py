@@ -85,19 +85,26 @@ class DetrexHost(Host):
         model.cuda()
 
 
-def _build(path: str, **changes: Any) -> nn.Module:
+def build_config(path: str, queries: int = 12, layers: int = NUM_LAYERS, heads: int = 4) -> nn.Module:
+    """The host of a config of detrex's projects, small."""
     from detectron2.config import instantiate
 
     from dfine_plugin.projects.common import detrex_config
     from dfine_plugin.projects.debug import shrink
 
-    model = shrink(detrex_config(path).model, num_classes=NUM_CLASSES, num_queries=12, num_layers=NUM_LAYERS)
-    model.update(changes)
+    model = shrink(detrex_config(path).model, num_classes=NUM_CLASSES, num_queries=queries, num_layers=layers)
+    for part in ("encoder", "decoder"):
+        model.transformer[part].num_heads = heads
     return instantiate(model)
 
 
 def _row(name: str, path: str, one_box_head: bool = False, **settings: Any) -> DetrexHost:
-    return DetrexHost(f"detrex-{name}", lambda: _build(path), True, settings=settings, one_box_head=one_box_head)
+    CONFIGS[f"detrex-{name}"] = path
+    return DetrexHost(f"detrex-{name}", lambda: build_config(path), True, settings=settings, one_box_head=one_box_head)
+
+
+CONFIGS: dict[str, str] = {}
+"""From a host's name to detrex's config of it."""
 
 
 HOSTS = [

@@ -1,5 +1,6 @@
 """What comes in wrong is named, and leaves nothing behind."""
 
+import copy
 import gc
 import inspect
 import warnings
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import DeformableDetrForObjectDetection, DFineConfig, DFineForObjectDetection, ResNetConfig
 
@@ -149,6 +150,50 @@ def test_non_finite_predictions_are_named_by_layer(host: Host, part: str) -> Non
     with pytest.raises(NonFiniteError, match=f"not finite: .*{part} of decoder layer [12]") as error:
         host.loss(model, images(), labels())
     assert (f"{part} of the denoising queries in decoder layer 2" in str(error.value)) == denoises
+
+
+def step(host: Host, model: nn.Module) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    """The loss of the usual batch, all gradients, and the weights and statistics after it."""
+    model.zero_grad()
+    torch.manual_seed(5)  # of denoising queries
+    loss = host.loss(model, images(), labels())
+    loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return loss, gradients, model.state_dict()
+
+
+def assert_a_step_as_if_nothing_had_been(host: Host, model: nn.Module, twin: nn.Module) -> None:
+    (loss, *found), (expected, *wanted) = step(host, model), step(host, twin)
+    assert torch.equal(loss, expected)
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert ours.keys() == theirs.keys()
+        assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+def test_an_image_that_is_not_finite_is_named_and_training_goes_on(host: Host, value: float) -> None:
+    """Nothing of it stays, in the batch norms' statistics neither."""
+    model = wrapped(host).train()
+    twin = copy.deepcopy(model)
+    spoilt = images()
+    spoilt[1, 2, 30, 40] = value
+    with pytest.raises(NonFiniteError, match=r"^not finite: image 1 \(1 of 12288 values\)$"):
+        host.loss(model, spoilt, labels())
+    assert_a_step_as_if_nothing_had_been(host, model, twin)
+
+
+def test_training_goes_on_after_a_layer_was_not_finite_once(host: Host) -> None:
+    """The statistics of batch norms have the batch, as the bare host's would; losses and gradients do not."""
+    model = wrapped(host).train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.track_running_stats = False
+    twin = copy.deepcopy(model)
+    hook = host.fdr(model).refine[1].register_forward_hook(lambda *given: given[-1] * float("nan"))
+    with pytest.raises(NonFiniteError, match=r"not finite: .*corner logits of decoder layer 2"):
+        host.loss(model, images(), labels())
+    hook.remove()
+    assert_a_step_as_if_nothing_had_been(host, model, twin)
 
 
 def test_nothing_is_left_after_an_exception(host: Host) -> None:

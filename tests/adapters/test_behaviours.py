@@ -301,7 +301,8 @@ def test_without_auxiliary_losses(host: Host) -> None:
     assert {"loss_fgl", "loss_bbox_pre"} <= terms.keys()
     assert not any(name.startswith("loss_ddf") for name in terms)
     loss.backward()
-    assert all(p.grad is not None for p in host.fdr(model).refine.parameters())
+    # DistributedDataParallel waits for all of them, the quality estimates of layers without a loss included
+    assert [name for name, p in host.fdr(model).named_parameters() if p.grad is None] == []
 
 
 def test_deploy_changes_no_output(host: Host) -> None:

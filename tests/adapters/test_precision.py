@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from dfine_plugin import wrap_decoder
+from dfine_plugin import deploy, wrap_decoder
 
-from .hosts import Host, build, images, labels, randomise_fdr, wrapped
+from .hosts import NUM_LAYERS, Host, build, images, labels, randomise_fdr, wrapped
 from .transformers_hosts import TransformersHost
 
 DTYPES = [pytest.param(torch.float16, id="float16"), pytest.param(torch.bfloat16, id="bfloat16")]
@@ -87,6 +87,42 @@ def test_autocast_changes_no_distribution_loss_nor_box_loss(host: TransformersHo
     for name in names:
         assert terms[name].dtype == torch.float32
         torch.testing.assert_close(terms[name], expected[name], rtol=1e-5, atol=1e-7, msg=name)
+
+
+def locates_references(model: nn.Module) -> Tensor:
+    """The parameter whose values, if large, carry all initial references to the border of the image."""
+    names = [
+        "model.query_refpoint_embeddings.weight",
+        "model.encoder_output_bbox_embed.layers.2.bias",
+        "model.reference_point_embed.weight",
+        "model.reference_points.bias",
+        "model.enc_bbox_head.layers.2.bias",
+        f"model.decoder.bbox_embed.{NUM_LAYERS}.layers.2.bias",
+    ]
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return next(parameters[name] for name in names if name in parameters)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_initial_references_that_are_rounded_to_one(host: TransformersHost, dtype: torch.dtype) -> None:
+    """Boxes are as exact as the host's, to eight of the precision's units; and losses, gradients and what is deployed
+    finite."""
+    errors = []
+    for is_wrapped in (False, True):
+        model = build(host)
+        if is_wrapped:
+            randomise_fdr(host, wrap_decoder(model, host.config()))
+        nn.init.constant_(locates_references(model)[..., :2], 20.0)
+        (boxes, _), (half_boxes, terms) = in_both(host, model, 0, dtype)
+        errors.append(float((half_boxes - boxes).abs().mean()))
+        assert terms.isfinite().all()
+    assert errors[1] <= 2 * errors[0] + 8 * torch.finfo(dtype).eps
+    with torch.autocast("cpu", dtype=dtype):
+        host.loss(model, images(), labels()).backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+        _, expected = host.predict(model.eval(), images())
+        _, found = host.predict(deploy(model), images())
+    torch.testing.assert_close(found.float(), expected.float(), atol=8 * torch.finfo(dtype).eps, rtol=0)
 
 
 def is_floating(x: Any) -> bool:

@@ -5,19 +5,26 @@ Few examples, and always the same ones; ``DFINE_EXAMPLES=100`` draws so many new
 
 import copy
 import os
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import (
     DeformableDetrConfig,
     DeformableDetrForObjectDetection,
+    LwDetrConfig,
+    LwDetrForObjectDetection,
+    LwDetrViTConfig,
+    PreTrainedModel,
     ResNetConfig,
     RTDetrConfig,
     RTDetrForObjectDetection,
@@ -28,15 +35,17 @@ from transformers import (
 
 from dfine_plugin import FDRConfig, deploy, load_pretrained, unwrap_decoder, wrap_decoder
 from dfine_plugin.record import in_scope
+from dfine_plugin.registry import find_adapter
 
-from .hosts import NUM_CLASSES, build, randomise_fdr
-from .transformers_hosts import _BACKBONE, _DEFORMABLE, _RT_DETR, TransformersHost
+from . import detrex_hosts
+from .hosts import NUM_CLASSES, Host, build, randomise_fdr
+from .transformers_hosts import _BACKBONE, _DEFORMABLE, _GROUPS, _RT_DETR, _VIT, TransformersHost
 
 LAW = settings(
     max_examples=int(os.environ.get("DFINE_EXAMPLES", "3")),
     derandomize="DFINE_EXAMPLES" not in os.environ,
     deadline=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture],
     phases=[Phase.explicit, Phase.reuse, Phase.generate],  # shrinking would train models for minutes
 )
 RT_DETRS = {
@@ -44,19 +53,37 @@ RT_DETRS = {
     "rt-detr-v2": (RTDetrV2Config, RTDetrV2ForObjectDetection),
 }
 DEFORMABLES = {"two-stage": (True, True), "refine": (False, True), "plain": (False, False)}
+GROUPED = ["lw-detr", *(["rf-detr"] if hasattr(transformers, "RfDetrConfig") else [])]
+DETREX = {host.name: host for host in detrex_hosts.HOSTS}
+_NO_DETREX = pytest.mark.skipif(detrex_hosts.missing() is not None, reason=str(detrex_hosts.missing()))
+FAMILIES = [
+    *RT_DETRS,
+    *DEFORMABLES,
+    *GROUPED,
+    *(pytest.param(name, marks=[pytest.mark.detrex, _NO_DETREX]) for name in DETREX),
+]
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> Iterator[str]:
+    name = request.param
+    with detrex_hosts.on_a_cpu(DETREX[name]) if name in DETREX else nullcontext():
+        yield name
 
 
 @dataclass(repr=False)
 class Case:
     """A host's settings, the plugin's, and a batch."""
 
-    host: TransformersHost
+    host: Host
     config: FDRConfig
     images: Tensor
     labels: list[dict[str, Tensor]]
 
 
 def _build(family: str, layers: int, queries: int, heads: int, **others: Any) -> nn.Module:
+    if family in GROUPED:
+        return _build_grouped(family, decoder_layers=layers, num_queries=queries, heads=heads, **others)
     common = {"decoder_layers": layers, "num_queries": queries, "decoder_attention_heads": heads, **others}
     if family in RT_DETRS:
         config, model = RT_DETRS[family]
@@ -71,6 +98,21 @@ def _build(family: str, layers: int, queries: int, heads: int, **others: Any) ->
     return DeformableDetrForObjectDetection(config).requires_grad_(True)
 
 
+def _build_grouped(family: str, heads: int, windows: int, scales: list[float], **others: Any) -> nn.Module:
+    common = {**_GROUPS, "decoder_self_attention_heads": heads, "decoder_cross_attention_heads": heads, **others}
+    if family == "lw-detr":
+        backbone = LwDetrViTConfig(
+            pretrain_image_size=64, window_block_indices=[0], **{**_VIT, "num_windows": windows * windows}
+        )
+        return LwDetrForObjectDetection(
+            LwDetrConfig(backbone_config=backbone, projector_scale_factors=scales, **common)
+        )
+    from transformers.models.rf_detr.configuration_rf_detr import RfDetrDinov2Config
+
+    backbone = RfDetrDinov2Config(**{**_VIT, "num_windows": windows})
+    return transformers.RfDetrForObjectDetection(transformers.RfDetrConfig(backbone_config=backbone, **common))
+
+
 def _boxes(draw: st.DrawFn, count: int, shortest: float) -> Tensor:
     """``(count, 4)``, from a pixel to the whole image, some at its border."""
     unit = st.floats(0, 1, width=32)
@@ -81,26 +123,65 @@ def _boxes(draw: st.DrawFn, count: int, shortest: float) -> Tensor:
 
 
 @st.composite
-def cases(draw: st.DrawFn, family: str) -> Case:
+def transformers_cases(draw: st.DrawFn, family: str) -> Case:
     """Everything that a host of the family takes."""
-    is_rt_detr = family in RT_DETRS
-    # others than RT-DETR declare ties that a single layer does not have, and cannot be built
-    queries, layers = draw(st.integers(2, 12)), draw(st.integers(1 if family == "rt-detr" else 2, 6))
+    is_rt_detr, is_grouped = family in RT_DETRS, family in GROUPED
+    # RT-DETRv2 and Deformable-DETR declare ties that a single layer does not have, and cannot be built
+    queries, layers = draw(st.integers(2, 12)), draw(st.integers(1 if family == "rt-detr" or is_grouped else 2, 6))
     others: dict[str, Any] = {"auxiliary_loss": draw(st.booleans())}
     if is_rt_detr:
         others["num_denoising"] = draw(st.sampled_from([0, 6, 20]))
+    elif is_grouped:
+        others["group_detr"] = draw(st.integers(1, 3))
+        others["windows"] = draw(st.integers(1, 2))
+        others["scales"] = draw(st.sampled_from([[1.0], [2.0], [2.0, 1.0], [1.0, 0.5]]))
     else:
         others["num_feature_levels"] = draw(st.integers(3, 4))  # the backbone has three
-    # RT-DETR merges levels, and wants multiples of 32; norms want more than one pixel of the coarsest level
+    # RT-DETR merges levels, LW-DETR splits patches into windows, and both want multiples of 32; norms want more than
+    # one pixel of the coarsest level
     coarsest = 32 if others.get("num_feature_levels", 3) == 3 else 64
-    side = st.integers(2, 4).map(lambda n: 32 * n) if is_rt_detr else st.integers(coarsest + 1, 120)
-    height, width = draw(side), draw(side)
+    side = st.integers(2, 4).map(lambda n: 32 * n) if is_rt_detr or is_grouped else st.integers(coarsest + 1, 120)
     heads = draw(st.sampled_from([1, 2, 4]))
-    note(f"{family}: {layers} layers, {queries} queries, {heads} heads, {others}, {height} x {width}")
+    note(f"{family}: {layers} layers, {queries} queries, {heads} heads, {others}")
     host = TransformersHost(family, lambda: _build(family, layers, queries, heads, **others), is_rt_detr)
+    config = draw(configs(box_refinement=family == "plain"))
+    return Case(host, config, *draw(batches(side, queries + 3)))
+
+
+@st.composite
+def detrex_cases(draw: st.DrawFn, name: str) -> Case:
+    """A config of detrex with other numbers of layers, queries and heads, with or without auxiliary losses."""
+    row = DETREX[name]
+    queries, layers, heads = draw(st.integers(2, 12)), draw(st.integers(2, 6)), draw(st.sampled_from([1, 2, 4, 8]))
+    # H-Deformable-DETR's branch of one to many wants auxiliary outputs
+    auxiliary = draw(st.booleans()) or name == "detrex-h-deformable-detr"
+    note(f"{name}: {layers} layers, {queries} queries, {heads} heads, auxiliary losses: {auxiliary}")
+
+    def build_host() -> nn.Module:
+        model = detrex_hosts.build_config(detrex_hosts.CONFIGS[name], queries, layers, heads)
+        if not auxiliary:
+            row.without_auxiliary_losses(model)
+        return model
+
+    return Case(replace(row, build=build_host), draw(configs(**row.settings)), *draw(batches(SIDE, queries + 3)))
+
+
+SIDE = st.integers(33, 120)
+"""Of images whose coarsest level has more than one pixel, at a stride of 32."""
+
+
+@st.composite
+def configs(draw: st.DrawFn, **others: Any) -> FDRConfig:
     flags = {name: draw(st.booleans()) for name in ("union", "ddf", "lqe")}
-    config = FDRConfig(num_bins=draw(st.sampled_from([4, 16, 32])), box_refinement=family == "plain", **flags)
-    counts = draw(st.lists(st.integers(0, queries + 3), min_size=1, max_size=4))
+    return FDRConfig(num_bins=draw(st.sampled_from([4, 16, 32])), **others, **flags)
+
+
+@st.composite
+def batches(draw: st.DrawFn, side: st.SearchStrategy[int], truths: int) -> tuple[Tensor, list[dict[str, Tensor]]]:
+    """One to four images of a size, with none to so many truths each."""
+    height, width = draw(side), draw(side)
+    note(f"{height} x {width}")
+    counts = draw(st.lists(st.integers(0, truths), min_size=1, max_size=4))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     labels = [
         {
@@ -109,16 +190,24 @@ def cases(draw: st.DrawFn, family: str) -> Case:
         }
         for count in counts
     ]
-    return Case(host, config, torch.rand(len(counts), 3, height, width, generator=generator), labels)
+    return torch.rand(len(counts), 3, height, width, generator=generator), labels
+
+
+def cases(family: str) -> st.SearchStrategy[Case]:
+    return detrex_cases(family) if family in DETREX else transformers_cases(family)
 
 
 def losses(case: Case, model: nn.Module, order: list[int] | None = None) -> dict[str, Tensor]:
-    """All terms for the batch, or for its images in another order."""
+    """All terms in evaluation for the batch, or for its images in another order, but those of denoising queries, which
+    are random."""
+    model.eval()
+    # which has no losses in evaluation, but for its parts
+    model.training = isinstance(case.host, detrex_hosts.DetrexHost)
     order = list(range(len(case.images))) if order is None else order
     torch.manual_seed(5)  # of denoising queries
     terms = case.host.losses(model, case.images[order], [case.labels[i] for i in order])[1]
     assert not in_scope()
-    return terms
+    return {name: term for name, term in terms.items() if "_dn" not in name}
 
 
 def without_gradient(case: Case, model: nn.Module) -> set[str]:
@@ -132,7 +221,7 @@ def without_gradient(case: Case, model: nn.Module) -> set[str]:
 
 @torch.no_grad()
 def predictions(case: Case, model: nn.Module) -> tuple[Tensor, ...]:
-    found = case.host.predict(model.eval(), case.images)
+    found = find_adapter(model).detector(model.eval())(case.host.pixels(case.images))
     assert all(tensor.isfinite().all() for tensor in found)
     return found
 
@@ -145,13 +234,24 @@ def assert_same(case: Case, first: nn.Module, second: nn.Module) -> None:
     assert_close(predictions(case, first), predictions(case, second))
 
 
+def saved_and_loaded(case: Case, model: nn.Module) -> nn.Module:
+    """As the host's library does it."""
+    with TemporaryDirectory() as folder:
+        if isinstance(model, PreTrainedModel):
+            model.save_pretrained(folder)
+            return load_pretrained(folder)
+        torch.save(model.state_dict(), Path(folder) / "model.pth")
+        other = wrap_decoder(build(case.host, seed=9), case.config)
+        other.load_state_dict(torch.load(Path(folder) / "model.pth"))
+        return other
+
+
 def assert_close(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> None:
     for found, wanted in zip(first, second, strict=True):
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", [*RT_DETRS, *DEFORMABLES])
 @LAW
 @given(st.data())
 def test_the_life_of_a_wrapped_host(family: str, data: st.DataObject) -> None:
@@ -170,15 +270,12 @@ def test_the_life_of_a_wrapped_host(family: str, data: st.DataObject) -> None:
     total.backward()
     optimizer.step()
 
-    with TemporaryDirectory() as folder:
-        model.save_pretrained(Path(folder))
-        assert_same(case, load_pretrained(folder), model)
+    assert_same(case, saved_and_loaded(case, model), model)
     assert_close(predictions(case, deploy(copy.deepcopy(model))), predictions(case, model))
     assert_same(case, unwrap_decoder(twin), bare)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", [*RT_DETRS, *DEFORMABLES])
 @LAW
 @given(st.data())
 def test_the_order_of_images_and_truths_and_an_image_without_truths(family: str, data: st.DataObject) -> None:
@@ -187,7 +284,7 @@ def test_the_order_of_images_and_truths_and_an_image_without_truths(family: str,
     model = wrap_decoder(build(case.host), case.config)
     randomise_fdr(case.host, model)
     with torch.no_grad():
-        expected = losses(case, model.eval())
+        expected = losses(case, model)
         moved = losses(case, model, data.draw(st.permutations(range(len(case.images)))))
         for truths in case.labels:
             order = data.draw(st.permutations(range(len(truths["boxes"]))))

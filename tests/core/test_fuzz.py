@@ -107,4 +107,4 @@ def test_good_targets_pass(pairs: list[tuple[Tensor, Tensor]]) -> None:
         targets.append({"boxes": boxes[:count], "class_labels": labels[:count].clamp(0, 2)})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        check_targets(targets, 3, "class_labels", "boxes", num_images=len(targets))
+        check_targets(targets, 3, "class_labels", "boxes", images=torch.zeros(len(targets), 3, 2, 2))
