@@ -1,4 +1,4 @@
-"""Several processes under DistributedDataParallel, with batches of different sizes, one of them without a truth.
+"""Several processes under DistributedDataParallel or FSDP2, with batches of different sizes, one without a truth.
 
 The processes of a host check all laws in one go: they are what takes the time.
 """
@@ -18,6 +18,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from accelerate import PartialState
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from dfine_plugin import wrap_decoder
@@ -39,6 +43,7 @@ PARALLEL: dict[str, dict[str, Any]] = {
     "unused parameters looked for": {"find_unused_parameters": True},
     "static graph": {"static_graph": True},
 }
+RATE = 1e-3
 CHECKPOINTING = {"reentrant checkpointing": True, "checkpointing": False}
 PRELOADED = ["accelerate", *(f"dfine_plugin.adapters.transformers.{host}" for host in ("rt_detr", "lw_detr"))]
 
@@ -77,23 +82,46 @@ def losses(host: Host, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str
 
 
 def gradients(model: nn.Module) -> Gradients:
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    return {name: whole(p.grad).clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def run(host: Host, model: nn.Module, mine: list[Batch], accumulate: bool = False, **settings: Any) -> dict[str, Any]:
-    """The losses of all steps, and the gradients of each or, accumulated, of all of them."""
-    parallel = DistributedDataParallel(copy.deepcopy(model), **settings)
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def run(host: Host, model: nn.Module, mine: list[Batch], parallel: Any, accumulate: bool = False) -> dict[str, Any]:
+    """The losses of all steps, and the gradients of each or, accumulated, of all of them, which change no weight."""
     found: dict[str, Any] = {"losses": [], "gradients": []}
     for step, batch in enumerate(mine):
         together = accumulate and step < len(mine) - 1
         with parallel.no_sync() if together else nullcontext():
             loss = losses(host, parallel, batch)[0]
             loss.backward()
-        found["losses"].append(float(loss))
+        found["losses"].append(loss.item())
         if not together:
-            found["gradients"].append(gradients(parallel.module))
+            found["gradients"].append(gradients(model))
             parallel.zero_grad()
     return found
+
+
+def run_distributed(
+    host: Host, model: nn.Module, mine: list[Batch], accumulate: bool = False, **settings: Any
+) -> dict[str, Any]:
+    model = copy.deepcopy(model)
+    return run(host, model, mine, DistributedDataParallel(model, **settings), accumulate)
+
+
+def run_sharded(host: Host, model: nn.Module, mine: list[Batch]) -> dict[str, Any]:
+    """With the weights after another step of descent on the first batch, gathered from all processes."""
+    model = copy.deepcopy(model)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for module in (*model.get_submodule(host.decoder).layers, model):
+        fully_shard(module, mesh=mesh)
+    found = run(host, model, mine, model)
+    losses(host, model, mine[0])[0].backward()
+    torch.optim.SGD(model.parameters(), RATE).step()
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)  # the first process has it then
+    return {**found, "weights": get_model_state_dict(model, options=options)}
 
 
 def _worker(rank: int, name: str, num_processes: int, folder: str) -> None:
@@ -106,11 +134,12 @@ def _worker(rank: int, name: str, num_processes: int, folder: str) -> None:
     mine = [step[rank] for step in batches(num_processes)]
     with detrex_hosts.on_a_cpu(host):
         model = wrapped(host)
-        found = {variant: run(host, model, mine, **settings) for variant, settings in PARALLEL.items()}
-        found["accumulated"] = run(host, model, mine, accumulate=True)
+        found = {variant: run_distributed(host, model, mine, **settings) for variant, settings in PARALLEL.items()}
+        found["accumulated"] = run_distributed(host, model, mine, accumulate=True)
+        found["sharded"] = run_sharded(host, model, mine)
         for variant, reentrant in CHECKPOINTING.items() if host.checkpointing else ():
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-            found[variant] = run(host, model, mine)
+            found[variant] = run_distributed(host, model, mine)
     torch.save(found, Path(folder, f"{rank}.pt"))
     dist.destroy_process_group()
 
@@ -130,8 +159,8 @@ def mean_loss(host: Host, model: nn.Module, of_ranks: list[Batch]) -> Tensor:
     It is the loss of one process with all images, but for the terms that RT-DETR takes over each process's own truths:
     classes, and denoising queries. FGL of the latter is over all processes' pairs.
     """
-    whole = torch.cat([pixels for pixels, _ in of_ranks]), [truths for _, targets in of_ranks for truths in targets]
-    loss, terms = losses(host, model, whole)
+    everything = torch.cat([x for x, _ in of_ranks]), [truths for _, targets in of_ranks for truths in targets]
+    loss, terms = losses(host, model, everything)
     if not host.name.startswith("rt-detr"):
         return loss
     total = torch.stack([term for name, term in terms.items() if "_dn_" not in name and "vfl" not in name]).sum()
@@ -158,7 +187,8 @@ def check_laws(host: Host, found: list[dict[str, Any]]) -> None:
     """Of what several processes found, in two steps.
 
     Gradients are the same in all processes, and those of the mean of their losses; they are the same whichever way
-    parameters without a gradient are looked for, and with checkpointing; those of steps that are accumulated add up.
+    parameters without a gradient are looked for, with checkpointing, and with parameters in shards; those of steps that
+    are accumulated add up. Weights gathered from shards load into a model that has none.
     """
     first = found[0]
     for variant, of_variant in first.items():
@@ -172,10 +202,16 @@ def check_laws(host: Host, found: list[dict[str, Any]]) -> None:
             assert_close(ours, plain, 1e-4)
     sums = {name: sum(step[name] for step in steps) for name in steps[0]}
     assert_close(first["accumulated"]["gradients"][0], sums, 1e-4)
+    model, trained = wrapped(host), wrapped(host)
+    trained.load_state_dict(first["sharded"]["weights"])
+    start = dict(model.named_parameters())
+    for name, parameter in trained.named_parameters():
+        if parameter.requires_grad:
+            wanted = start[name] - RATE * steps[0][name]
+            torch.testing.assert_close(parameter, wanted, atol=1e-6, rtol=1e-5, msg=name)
 
     if "-dn-" in host.name or "dino" in host.name:
         return  # their denoising queries are drawn anew for a batch of another size
-    model = wrapped(host)
     for step, of_ranks in enumerate(batches(len(found))):
         model.zero_grad()
         wanted = mean_loss(host, model, of_ranks)
