@@ -12,6 +12,7 @@ _AROUND = {
     "torch.nn.parallel.distributed.DistributedDataParallel": "DistributedDataParallel(model)",
     "torch.nn.parallel.data_parallel.DataParallel": "DataParallel(model)",
     "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel": "FullyShardedDataParallel(model)",
+    "torch.distributed.fsdp.FSDPModule": "fully_shard(model)",
     "peft.peft_model.PeftModel": "get_peft_model(model, ...)",
 }
 """Classes of what is put around a model, and how."""

@@ -13,6 +13,7 @@ from transformers.models.deformable_detr import modeling_deformable_detr as host
 
 from dfine_plugin.assignment import MatchingCost
 from dfine_plugin.config import FDRConfig
+from dfine_plugin.criterion import mean_over_processes
 from dfine_plugin.errors import UnsupportedModelError
 from dfine_plugin.head import FDRHead, locate_initial_boxes
 from dfine_plugin.record import FDRRecord, closes_on_interrupt, current_record, leave_record
@@ -89,7 +90,16 @@ class FDRDeformableDetrDecoder(host.DeformableDetrDecoder):
 
 
 class UnionDeformableDetrLoss(union_criterion.UnionCriterion, DeformableDetrImageLoss):
-    """The host's criterion, fed with the union."""
+    """The host's criterion, fed with the union, and with the number of truths averaged over all processes.
+
+    The host divides that number by the number of processes twice where accelerate runs them, and does not average it
+    elsewhere: its losses would weigh more beside those over the union, the more processes there are.
+    """
+
+    num_truths: float | Tensor
+
+    def get_loss(self, loss, outputs, targets, indices, num_boxes, **kwargs):
+        return super().get_loss(loss, outputs, targets, indices, self.num_truths, **kwargs)
 
     def matching_cost(self) -> MatchingCost | None:
         matcher = self.matcher
@@ -140,6 +150,7 @@ class DeformableDetrGOLSDLoss:
             focal_alpha=config.focal_alpha,
             losses=["labels", "boxes", "cardinality"],
         )
+        criterion.num_truths = mean_over_processes(sum(len(target["boxes"]) for target in labels), logits.device)
         criterion.match([(outputs, labels) for outputs in (layers[-1], *auxiliary, initial)], self.config, check)
         losses = criterion({**layers[-1], "auxiliary_outputs": [*auxiliary, initial]}, labels)
         losses = union_criterion.rename_suffixes(losses, {f"_{len(auxiliary)}": "_pre"})

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import DeformableDetrForObjectDetection, DFineConfig, DFineForObjectDetection, ResNetConfig
 
@@ -306,6 +308,14 @@ def _distributed(model: nn.Module, folder: Path) -> nn.Module:
         torch.distributed.destroy_process_group()
 
 
+def _sharded(model: nn.Module, folder: Path) -> nn.Module:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+    try:
+        return fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def _peft(model: nn.Module, _: Path) -> nn.Module:
     peft = pytest.importorskip("peft")
     return peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "v_proj"]))
@@ -326,11 +336,12 @@ def _with_adapters(model: nn.Module, folder: Path) -> nn.Module:
         (lambda model, _: torch.compile(model), r"is a OptimizedModule: wrap before torch.compile\(model\)"),
         (_compiled_in_place, r"this RTDetrForObjectDetection is compiled: wrap before model.compile\(\)"),
         (_distributed, r"is a DistributedDataParallel: wrap before DistributedDataParallel\(model\), model = wrap_dec"),
+        (_sharded, r"is a FSDPRTDetrForObjectDetection: wrap before fully_shard\(model\), model = wrap_decoder"),
         (lambda model, _: nn.DataParallel(model), r"is a DataParallel: wrap before DataParallel\(model\)"),
         (_peft, r"is a PeftModel: wrap before get_peft_model\(model, ...\)"),
         (_with_adapters, r"has adapters of PEFT in it: wrap before model.add_adapter"),
     ],
-    ids=["compile", "compile in place", "DDP", "DataParallel", "PEFT", "adapters"],
+    ids=["compile", "compile in place", "DDP", "FSDP2", "DataParallel", "PEFT", "adapters"],
 )
 def test_a_model_within_another(
     put_around: Callable[[nn.Module, Path], nn.Module], message: str, tmp_path: Path

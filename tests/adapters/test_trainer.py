@@ -40,8 +40,7 @@ def trainer(host: TransformersHost, model: PreTrainedModel, folder: Path, **sett
         disable_tqdm=True,
         remove_unused_columns=False,
         use_cpu=True,
-        save_steps=1,
-        **settings,
+        **{"save_steps": 1, **settings},
     )
     return Trainer(model, arguments, train_dataset=samples, eval_dataset=samples[:2], data_collator=collate)
 
