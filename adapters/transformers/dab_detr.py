@@ -38,7 +38,7 @@ class FDRDabDetrDecoder(refining_heads.RefiningDecoder, host.DabDetrDecoder):
         current_scope().progress.first_hidden_states = outputs.intermediate_hidden_states[0]
         return outputs
 
-    def last_level(self, record: FDRRecord, outputs: host.DabDetrDecoderOutput) -> host.DabDetrDecoderOutput:
+    def last_level(self, record: FDRRecord, outputs: Any) -> Any:
         outputs.intermediate_hidden_states = recomputed_boxes.last_level(
             record, outputs.intermediate_hidden_states, record.reference_logits[-1]
         )
