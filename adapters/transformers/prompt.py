@@ -14,8 +14,8 @@ _PROMPT = "_dfine_plugin_prompt"
 def fix_prompt(model: Host, input_ids: Tensor, **inputs: Tensor) -> None:
     """Fix the text that a model is asked with where it is given images alone.
 
-    That is by :func:`~dfine_plugin.calibrate`, :func:`~dfine_plugin.predict_distributions` and the export. The model's
-    own forward takes images and texts as before. Copies of the model keep the text, folders and state dicts do not.
+    That is by :func:`~dfine_plugin.calibrate` and :func:`~dfine_plugin.predict_distributions`. The model's own forward
+    takes images and texts as before. Copies of the model keep the text, folders and state dicts do not.
 
     Args:
         model: a Grounding DINO or an MM Grounding DINO, bare, wrapped or deployed.
@@ -42,6 +42,9 @@ class PromptedDetector(nn.Module):
     Raises:
         UnsupportedModelError: no text has been fixed.
     """
+
+    exports = False
+    """Whether :func:`~dfine_plugin.export.export_onnx` makes a graph of it."""
 
     def __init__(self, model: Host) -> None:
         super().__init__()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from .. import __version__
-from ..errors import WrapStateError
+from ..errors import UnsupportedModelError, WrapStateError
 from ..registry import find_adapter
 from ..tools.writing import written_whole
 from ..wrapping import binding_of, deploy
@@ -77,7 +77,7 @@ def export_onnx(
         ``path``.
 
     Raises:
-        UnsupportedModelError: no adapter knows the model.
+        UnsupportedModelError: no adapter knows the model, or it takes a text beside images.
         WrapStateError: the model is in training mode.
         ValueError: an opset below 18, more detections than the model has, deviations of a model that is not wrapped, or
             a host that takes the number of images for a constant with a ``batch_size`` of None.
@@ -135,6 +135,10 @@ def exported_model(
 ) -> ir.Model:
     """The float32 graph of :func:`export_onnx`."""
     detector = inference_module(model)
+    if not getattr(detector, "exports", True):
+        raise UnsupportedModelError(
+            f"this {type(model).__name__} takes a text; the export makes graphs of images alone"
+        )
     if deviations:
         if binding_of(model) is None:
             name = type(model).__name__

@@ -28,6 +28,13 @@ SIZE = IMAGE_SIZE, IMAGE_SIZE
 FEWER = NUM_LAYERS - 1
 
 
+@pytest.fixture
+def exported_host(host: Host) -> Host:
+    if "grounding" in host.name:
+        pytest.skip(f"{host} takes a text: the export refuses it")
+    return host
+
+
 @torch.no_grad()
 def expected(model: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor]:
     return find_adapter(model).detector(model)(inputs)
@@ -62,7 +69,8 @@ def test_a_deployed_model_compiles_without_graph_breaks(host: Host, num_layers: 
 
 
 @pytest.mark.slow
-def test_onnx_gives_what_torch_gives_for_any_batch(host: Host, tmp_path: Path) -> None:
+def test_onnx_gives_what_torch_gives_for_any_batch(exported_host: Host, tmp_path: Path) -> None:
+    host = exported_host
     model = wrapped(host)
     path = export_onnx(model, tmp_path / "model.onnx", SIZE, batch_size=None)
     onnx.checker.check_model(str(path), full_check=True)
@@ -77,7 +85,8 @@ def test_onnx_gives_what_torch_gives_for_any_batch(host: Host, tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_a_graph_in_half_precision_of_fewer_layers_says_so_and_keeps_boxes(host: Host, tmp_path: Path) -> None:
+def test_a_graph_in_half_precision_of_fewer_layers_says_so_and_keeps_boxes(exported_host: Host, tmp_path: Path) -> None:
+    host = exported_host
     model = deploy(wrapped(host), FEWER)
     path = export_onnx(model, tmp_path / "model.onnx", SIZE, precision="fp16")
     onnx.checker.check_model(str(path), full_check=True)

@@ -1,6 +1,7 @@
 """What only hosts have that take a text: phrases for classes, texts that differ, a text that is fixed."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from transformers.models.grounding_dino.modeling_grounding_dino import SPECIAL_T
 from dfine_plugin import FDRConfig, InvalidTargetError, UnsupportedModelError, calibrate, deploy, wrap_decoder
 from dfine_plugin.adapters.transformers.grounding_dino import UnionGroundingDinoLoss, count_phrases
 from dfine_plugin.adapters.transformers.prompt import fix_prompt
+from dfine_plugin.export import export_onnx
 from dfine_plugin.registry import find_adapter
 from dfine_plugin.validation import FiniteCheck
 from dfine_plugin.wrapping import predict_distributions
@@ -118,6 +120,12 @@ def test_without_a_fixed_text_images_alone_are_refused(host: TextHost) -> None:
             call(model, [images()] if call is calibrate else images())
 
 
+def test_the_export_refuses_what_takes_a_text(host: TextHost, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match="takes a text; the export makes graphs of images alone"):
+        export_onnx(wrapped(host), tmp_path / "model.onnx", (64, 64))
+    assert not (tmp_path / "model.onnx").exists()
+
+
 @pytest.mark.parametrize("text", [TEXTS, TEXTS[0], "a cat."], ids=["two texts", "no batch", "no tokens"])
 def test_a_text_that_is_none_is_not_fixed(text: object) -> None:
     with pytest.raises(ValueError, match=r"takes tensors \(1, T\) of one text; input_ids is none"):
@@ -128,6 +136,8 @@ def test_a_text_that_is_none_is_not_fixed(text: object) -> None:
 
 def test_box_heads_that_model_and_decoder_do_not_share_are_refused() -> None:
     model = _grounding_dino(GroundingDinoConfig, GroundingDinoForObjectDetection, tie_word_embeddings=False)
+    if model.bbox_embed[0].layers[0].weight is model.model.decoder.bbox_embed[0].layers[0].weight:
+        pytest.skip("this release of transformers ties them all the same")
     before = list(model.state_dict())
     with pytest.raises(UnsupportedModelError, match="different box heads on model and decoder"):
         wrap_decoder(model)

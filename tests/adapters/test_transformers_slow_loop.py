@@ -225,6 +225,8 @@ def slow_losses(
         sets["_enc"] = (outputs.enc_outputs_class, outputs.enc_outputs_coord_logits)
     if phrases is not None:
         sets["_enc"] = (outputs.encoder_logits[..., :TEXT_LENGTH], outputs.encoder_pred_boxes)
+        # the host's logits are float32 whatever its weights, and costs of sure ones depend on that
+        sets = {s: (logits.float(), boxes) for s, (logits, boxes) in sets.items()}
     matches = {s: match_groups(*sets[s], targets, costs, groups, phrases) for s in sets}
     truths = max(groups * sum(len(t["boxes"]) for t in targets), 1)
     united = slow.union(list(matches.values()))
