@@ -127,7 +127,7 @@ def run_sharded(host: Host, model: nn.Module, mine: list[Batch]) -> dict[str, An
 def _worker(rank: int, name: str, num_processes: int, folder: str) -> None:
     torch.set_num_threads(1)
     # a process that waits in vain ends
-    dist.init_process_group("gloo", f"file://{folder}/store", timedelta(minutes=2), rank=rank, world_size=num_processes)
+    dist.init_process_group("gloo", f"file://{folder}/store", timedelta(minutes=5), rank=rank, world_size=num_processes)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(num_processes), LOCAL_RANK=str(rank), MASTER_ADDR="localhost")
     PartialState(cpu=True)  # as in processes of transformers' Trainer: some hosts count truths by it
     host = row(name)
