@@ -18,6 +18,8 @@ from .. import host_parts
 from ..host_parts import Host
 from . import saving
 
+_check_targets = torch.compiler.disable(check_targets)  # it looks at values
+
 
 @dataclass
 class Retired(host_parts.Retired):
@@ -107,7 +109,7 @@ class TransformersAdapter:
         if labels is not None:
             if model.training:
                 host_parts.warn_of_frozen_head(model, "model.decoder.fdr")
-            check_targets(labels, self.num_classes(model, given), "class_labels", "boxes", images=pixels)
+            _check_targets(labels, self.num_classes(model, given), "class_labels", "boxes", images=pixels)
         return labels
 
     def num_classes(self, model: Host, given: Mapping[str, Any]) -> int | Tensor:

@@ -142,6 +142,7 @@ class GroundingDinoGOLSDLoss:
     def __init__(self, config: FDRConfig) -> None:
         self.config = config
 
+    @torch.compiler.disable  # matching is the CPU's, and pairs are of as many truths as there are
     @closes_on_interrupt
     def __call__(
         self,

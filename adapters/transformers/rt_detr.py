@@ -140,6 +140,7 @@ class RTDetrGOLSDLoss:
     def __init__(self, config: FDRConfig) -> None:
         self.config = config
 
+    @torch.compiler.disable  # matching is the CPU's, and pairs are of as many truths as there are
     @closes_on_interrupt
     def __call__(
         self,

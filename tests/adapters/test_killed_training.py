@@ -1,6 +1,7 @@
 """A process of a run is killed, and torchrun starts all of them again."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ def steps(found: dict[str, Any]) -> list[dict[str, float]]:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif("DFINE_KILL" not in os.environ, reason="waits for processes that may hang; DFINE_KILL=1 runs it")
 def test_a_run_that_torchrun_restarts_is_the_one_that_was_not_killed(tmp_path: Path) -> None:
     """All losses, gradients' norms and weights, bit for bit: one thread adds up in one order, of two processes' sums
     there is one order, and denoising queries are drawn from generators that the checkpoint restores. Processes may

@@ -19,7 +19,10 @@ from dfine_plugin.benchmarks.gain.evaluation import coco_metrics, detect
 from dfine_plugin.benchmarks.gain.runs import RetrofitSettings
 from dfine_plugin.benchmarks.gain.training import build_model, load_data
 from dfine_plugin.benchmarks.gain.variants import fdr_settings, is_calibrated, parse_variants
+from dfine_plugin.benchmarks.models.hosts import build_host
 from dfine_plugin.benchmarks.trained_hosts import STEPS, TRAINED, facts, load_trained
+
+from ..adapters.detrex_hosts import missing
 
 CPU = torch.device("cpu")
 FACTS = facts()
@@ -48,6 +51,35 @@ def test_a_shipped_host_has_the_recorded_ap_and_calibration_keeps_it(name: str) 
     assert fresh < calibrated
     assert calibrated >= 0.99 * host
     assert result.after > 0.9
+
+
+@pytest.mark.slow
+@pytest.mark.detrex
+@pytest.mark.skipif(missing() is not None, reason=str(missing()))
+def test_calibration_keeps_the_ap_of_a_host_of_detrex() -> None:
+    """Trained for some minutes, it finds something on new images."""
+    train, data = load_data("shapes", "train", 64, 1000), load_data("shapes", "val", 64, 200)
+    view = TrainingView(train, flip=True, seed=0)
+    torch.manual_seed(0)
+    model: Any = build_host("detrex/deformable-detr", train.class_names)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=400)
+    for step in range(400):
+        batch = collate([view[(8 * step + i) % len(view)] for i in range(8)])
+        optimizer.zero_grad()
+        model.train()(**batch).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        optimizer.step()
+        schedule.step()
+    model.eval()
+    host = coco_metrics(detect(model, data, 50, CPU), data.coco, data.sides)["AP"]
+    wrap_decoder(model.detector)
+    fresh = coco_metrics(detect(model, data, 50, CPU), data.coco, data.sides)["AP"]
+    calibrate(model.detector, (normalise(batch) for batch in train.images[:256].split(32)), progress=False)
+    calibrated = coco_metrics(detect(model, data, 50, CPU), data.coco, data.sides)["AP"]
+    assert host > 5
+    assert fresh < calibrated
+    assert calibrated >= 0.99 * host
 
 
 @pytest.mark.slow
