@@ -153,11 +153,12 @@ def deformable_detr_two_stage(class_names: list[str], num_queries: int) -> nn.Mo
 
 @host("dab-detr", learning_rate=1e-3)
 def dab_detr(class_names: list[str], num_queries: int) -> nn.Module:
-    """DAB-DETR, 0.6 M parameters: dense attention on one level, of stride 16; learned boxes for queries."""
+    """DAB-DETR, 0.4 M parameters: dense attention on one level, of stride 16; learned boxes for queries."""
     from transformers import DabDetrConfig, DabDetrForObjectDetection, ResNetConfig
 
+    stages = {"hidden_sizes": [16, 32, 64], "depths": [1, 1, 1], "out_features": ["stage3"]}
     config = DabDetrConfig(
-        backbone_config=ResNetConfig(**{**_RESNET, "out_features": ["stage3"]}),
+        backbone_config=ResNetConfig(**{**_RESNET, **stages}),
         hidden_size=64,
         encoder_layers=1,
         encoder_ffn_dim=128,

@@ -267,7 +267,7 @@ def test_a_model_nobody_knows() -> None:
     with pytest.raises(
         UnsupportedModelError,
         match=r"^no adapter for torch.nn.modules.linear.Linear. Supported: RTDetrForObjectDetection, "
-        r"RTDetrV2ForObjectDetection, DeformableDetrForObjectDetection, "
+        r"RTDetrV2ForObjectDetection, DeformableDetrForObjectDetection, DabDetrForObjectDetection, "
         r"LwDetrForObjectDetection, RfDetrForObjectDetection, GroundingDinoForObjectDetection, "
         r"MMGroundingDinoForObjectDetection \(transformers\); DeformableDETR, .*DINO.* "
         r"\(detrex\).*register_adapter",
