@@ -24,7 +24,7 @@ import typer
 from rich.console import Console
 
 from dfine_plugin.benchmarks.gain.paired import PairedDifference, paired_difference
-from dfine_plugin.benchmarks.gain.report import METRICS, every_seed, figures, gain, variants_of, verdict_of
+from dfine_plugin.benchmarks.gain.report import METRICS, every_seed, figures, gain, gains_by_class, variants_of, verdict_of
 from dfine_plugin.benchmarks.gain.runs import RetrofitSettings
 from dfine_plugin.benchmarks.gain.scheduling import run_all
 from dfine_plugin.benchmarks.gain.variants import BASELINE, parse_variants
@@ -77,6 +77,8 @@ def markdown(results: Sequence[Result], failures: Sequence[str] = ()) -> str:
     lines += [table_row([v, *(str(gain_at(results, v, step) or "-") for step in steps)]) for v in wrapped]
     lines += ["", f"### Gain by metric after {steps[-1]} steps", "", *table_header(["row", *METRICS])]
     lines += [table_row([v, *(str(gain(results, v, metric) or "-") for metric in METRICS)]) for v in wrapped]
+    lines += gains_by_class(results)
+    lines += gains_by_class(results)
     lines += every_seed(results, failures)
     return "\n".join([*lines, "", *closing_lines(results), ""])
 

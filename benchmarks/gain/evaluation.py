@@ -58,7 +58,8 @@ def read_out(logits: Tensor, boxes: Tensor, data: DetectionData, part: slice) ->
 
 
 def coco_metrics(detections: Detected, coco: dict[str, Any], sides: tuple[float, float] = COCO_SIDES) -> dict[str, Any]:
-    """AP, AP50, AP75, AP90, APs, APm, APl in percent (None where the data has no such object) and AP per threshold.
+    """AP, AP50, AP75, AP90, APs, APm, APl in percent (None where the data has no such object), AP per threshold and AP
+    by class.
 
     detections as of `detect`, coco the ground truth as a COCO annotation dict. The sides, in pixels, part APs, APm and
     APl.
@@ -91,4 +92,8 @@ def coco_metrics(detections: Detected, coco: dict[str, Any], sides: tuple[float,
         "APm": mean(precision[..., 2]),
         "APl": mean(precision[..., 3]),
         "by_threshold": by_threshold,
+        "by_class": {
+            category["name"]: mean(precision[:, :, index, 0])
+            for index, category in enumerate(truth.loadCats(evaluation.params.catIds))
+        },
     }

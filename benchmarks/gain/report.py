@@ -139,6 +139,7 @@ def markdown(results: Sequence[Result], failures: Sequence[str] = ()) -> str:
         lines += [
             table_row([v, _figure(ap_at_equal_time(results, v)), str(gain_at_equal_time(results, v))]) for v in compared
         ]
+    lines += gains_by_class(results)
     lines += diagnosis(results)
     lines += gains_by_depth(results)
     lines += losses_over_baseline(results)
@@ -147,6 +148,28 @@ def markdown(results: Sequence[Result], failures: Sequence[str] = ()) -> str:
         lines += ["", "These runs were made with different states of the plugin's code."]
     lines += ["", *closing_lines(results), ""]
     return "\n".join(lines)
+
+
+def gains_by_class(results: Sequence[Result]) -> list[str]:
+    """A table with the final AP of each class, the baseline's and what the variants gain; the lines of Markdown."""
+    found = [(r["settings"]["variant"], r["settings"]["seed"], r["final"].get("by_class", {})) for r in results]
+    classes = list(dict.fromkeys(name for *_, by_class in found for name in by_class))
+    if len(classes) < 2:
+        return []
+
+    def of(variant: str, name: str) -> dict[int, float]:
+        return {seed: ap[name] for v, seed, ap in found if v == variant and ap.get(name) is not None}
+
+    lines = ["", "### AP by class", "", *table_header(["variant", *classes])]
+    for variant in variants_of(results):
+        cells = (
+            _figure(of(variant, name))
+            if variant == BASELINE
+            else str(paired_difference(of(variant, name), of(BASELINE, name)) or NONE)
+            for name in classes
+        )
+        lines.append(table_row([variant if variant == BASELINE else f"{variant}, gain", *cells]))
+    return lines
 
 
 def every_seed(results: Sequence[Result], failures: Sequence[str]) -> list[str]:

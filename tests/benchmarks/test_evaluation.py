@@ -61,6 +61,39 @@ def test_agrees_with_the_summary_of_pycocotools(data: DetectionData) -> None:
         assert metrics[name] == (pytest.approx(value * 100) if value > -1 else None)
 
 
+def test_ap_by_class_is_that_of_the_class_alone() -> None:
+    """pycocotools, asked for one category at a time."""
+    random = np.random.default_rng(1)
+    annotations = [
+        {"id": i + 1, "image_id": i % 3, "category_id": (2, 5)[i % 2], "bbox": [9.0 * i, 5.0, 8.0, 8.0], "area": 64.0}
+        for i in range(8)
+    ]
+    categories = [{"id": 2, "name": "cat"}, {"id": 5, "name": "dog"}, {"id": 7, "name": "unseen"}]
+    coco = {
+        "images": [{"id": i} for i in range(3)],
+        "annotations": [{**a, "iscrowd": 0} for a in annotations],
+        "categories": categories,
+    }
+    detections = np.array(
+        [
+            [a["image_id"], *(np.array(a["bbox"]) * random.uniform(0.9, 1.1, 4)), random.random(), a["category_id"]]
+            for a in annotations
+        ]
+    )
+    truth = COCO()
+    truth.dataset = {"info": {}, **coco}
+    truth.createIndex()
+    expected = {}
+    for category in categories[:2]:
+        evaluation = COCOeval(truth, truth.loadRes(detections), "bbox")
+        evaluation.params.catIds = [category["id"]]
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+        expected[category["name"]] = pytest.approx(100 * evaluation.stats[0])
+    assert coco_metrics(detections, coco)["by_class"] == {**expected, "unseen": None}
+
+
 def test_top_detections_rank_queries_and_classes_together() -> None:
     logits = torch.tensor([[[0.0, 2.0], [1.0, -3.0]]])
     boxes = torch.arange(8.0).reshape(1, 2, 4)

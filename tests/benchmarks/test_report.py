@@ -12,6 +12,7 @@ from dfine_plugin.benchmarks.gain.report import (
     ap_at_equal_time,
     closing_lines,
     diagnosis,
+    gains_by_class,
     gains_by_depth,
     has_converged,
     late_growth,
@@ -173,3 +174,15 @@ def test_loss_and_gradient_are_compared_quarter_by_quarter() -> None:
     del both[0]["losses"]  # its twin is left out, too
     assert row in losses_over_baseline(both)
     assert losses_over_baseline(runs([1.0])) == []  # no run has a log
+
+
+def test_the_gain_of_each_class_is_paired_over_the_seeds_that_both_have() -> None:
+    results = runs([1.0, 2.0])
+    assert gains_by_class(results) == []  # runs of earlier versions, and data of one class
+    for run in results:
+        ap, wrapped = run["final"]["AP"], run["settings"]["variant"] != "baseline"
+        run["final"]["by_class"] = {"red": ap, "rare": 10.0 - 3 * wrapped, "unseen": None}
+    table = "\n".join(gains_by_class(results))
+    differences = paired_difference({0: 46.0, 1: 49.5}, {0: 45.0, 1: 47.5})
+    assert f"| fdr, gain | {differences} | -3.00 ± 0.00 | - |" in table
+    assert f"| baseline | {np.mean([*BASELINE.values()]):.1f} ± " in table
