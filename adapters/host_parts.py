@@ -149,7 +149,7 @@ def seed_from_baseline(
     own = model.state_dict(prefix=prefix)
     if any(key.startswith(marker) for key in state_dict):
         # the first box head tells other weights from a copy of these
-        shared = [key for key in own.keys() & state_dict.keys() if "bbox_embed" in key]
+        shared = [key for key in own.keys() & state_dict.keys() if "bbox" in key]
         retired.outdated |= any(not torch.equal(own[key], state_dict[key].to(own[key])) for key in shared)
         return
     for name, module in retired.modules.items():

@@ -229,7 +229,8 @@ def replace_heads_by_deployed(model: Host, num_layers: int) -> None:
     model.bbox_embed = nn.ModuleList([DeployedBoxHead(classifier.in_features)])
 
 
-def replace_shared_heads_by_deployed(model: Host, box_head: str) -> None:
-    """The same for a model with one box head, of this name, and one class head for all levels."""
-    recast(model.class_embed, DeployedClassifier)
-    setattr(model, box_head, DeployedBoxHead(model.class_embed.in_features))
+def replace_shared_heads_by_deployed(model: Host, box_head: str, class_head: str = "class_embed") -> None:
+    """The same for a model with one box head and one class head for all levels, of these names."""
+    classifier = getattr(model, class_head)
+    recast(classifier, DeployedClassifier)
+    setattr(model, box_head, DeployedBoxHead(classifier.in_features))

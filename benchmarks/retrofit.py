@@ -24,7 +24,15 @@ import typer
 from rich.console import Console
 
 from dfine_plugin.benchmarks.gain.paired import PairedDifference, paired_difference
-from dfine_plugin.benchmarks.gain.report import METRICS, every_seed, figures, gain, gains_by_class, variants_of, verdict_of
+from dfine_plugin.benchmarks.gain.report import (
+    METRICS,
+    every_seed,
+    figures,
+    gain,
+    gains_by_class,
+    variants_of,
+    verdict_of,
+)
 from dfine_plugin.benchmarks.gain.runs import RetrofitSettings
 from dfine_plugin.benchmarks.gain.scheduling import run_all
 from dfine_plugin.benchmarks.gain.variants import BASELINE, parse_variants

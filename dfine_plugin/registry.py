@@ -60,6 +60,9 @@ _BUILT_IN = {
     "transformers.models.deformable_detr.modeling_deformable_detr.DeformableDetrForObjectDetection": (
         "transformers.deformable_detr"
     ),
+    "transformers.models.conditional_detr.modeling_conditional_detr.ConditionalDetrForObjectDetection": (
+        "transformers.conditional_detr"
+    ),
     "transformers.models.dab_detr.modeling_dab_detr.DabDetrForObjectDetection": "transformers.dab_detr",
     "transformers.models.lw_detr.modeling_lw_detr.LwDetrForObjectDetection": "transformers.lw_detr",
     "transformers.models.rf_detr.modeling_rf_detr.RfDetrForObjectDetection": "transformers.rf_detr",

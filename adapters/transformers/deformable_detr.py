@@ -135,7 +135,8 @@ class DeformableDetrGOLSDLoss:
         labels = hf.with_boxes_in_rows(labels)
         layers = [hf.prediction_set(logits, pred_boxes)]
         if outputs_class is not None and outputs_coord is not None:
-            layers = [hf.prediction_set(*layer) for layer in zip(outputs_class, outputs_coord, strict=True)]
+            before = zip(outputs_class[:-1], outputs_coord[:-1], strict=True)
+            layers = [*(hf.prediction_set(*layer) for layer in before), *layers]
         assert record.initial_logits is not None
         initial = hf.prediction_set(record.initial_logits, record.initial_boxes)
         named = {**union_criterion.layer_names(layers, record), "the initial boxes": initial}

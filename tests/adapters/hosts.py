@@ -79,6 +79,13 @@ class Host(ABC):
         """The paper's recipe, for it has every part."""
         return FDRConfig.paper(**{**self.settings, **settings})
 
+    def class_head(self, model: nn.Module, layer: int) -> nn.Module:
+        """The class head of a decoder layer, from 0: its own, or the one of all."""
+        owners = (model, model.get_submodule(self.decoder))
+        names = ("class_embed", "class_labels_classifier")
+        heads = next(getattr(owner, name) for owner in owners for name in names if hasattr(owner, name))
+        return heads[layer] if isinstance(heads, nn.ModuleList) else heads
+
     def fdr(self, model: nn.Module) -> nn.Module:
         return model.get_submodule(f"{self.decoder}.fdr")
 

@@ -146,8 +146,7 @@ def test_non_finite_predictions_are_named_by_layer(host: Host, part: str) -> Non
         if part == "boxes":
             host.fdr(model).refine[1][-1].bias[5] = float("nan")
         else:
-            heads = model.model.decoder.class_embed if host.name.startswith("rt-detr") else model.class_embed
-            head = heads[1] if isinstance(heads, nn.ModuleList) else heads
+            head = host.class_head(model, 1)
             head.register_forward_hook(lambda module, inputs, out: out.index_fill(-1, torch.tensor(0), torch.inf))
     with pytest.raises(NonFiniteError, match=f"not finite: .*{part} of decoder layer [12]") as error:
         host.loss(model, images(), labels())
@@ -215,7 +214,6 @@ def test_nothing_is_left_after_an_exception(host: Host) -> None:
 def test_nothing_is_left_after_an_interrupt(host: Host, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = wrapped(host).train()
     decoder = model.get_submodule(host.decoder)
-    heads = (decoder if host.name.startswith("rt-detr") else model).class_embed
     records: list[weakref.ref] = []
 
     def interrupt(*_: Any, **__: Any) -> None:
@@ -230,7 +228,7 @@ def test_nothing_is_left_after_an_interrupt(host: Host, part: str, monkeypatch: 
             interrupted = {
                 "encoder": model.get_submodule(host.encoder),
                 "decoder": decoder.layers[1],
-                "class head": heads[1] if isinstance(heads, nn.ModuleList) else heads,
+                "class head": host.class_head(model, 1),
             }
             patch.setattr(interrupted[part], "forward", interrupt)
         for _ in range(3):
@@ -267,10 +265,10 @@ def test_a_model_nobody_knows() -> None:
     with pytest.raises(
         UnsupportedModelError,
         match=r"^no adapter for torch.nn.modules.linear.Linear. Supported: RTDetrForObjectDetection, "
-        r"RTDetrV2ForObjectDetection, DeformableDetrForObjectDetection, DabDetrForObjectDetection, "
-        r"LwDetrForObjectDetection, RfDetrForObjectDetection, GroundingDinoForObjectDetection, "
-        r"MMGroundingDinoForObjectDetection \(transformers\); DeformableDETR, .*DINO.* "
-        r"\(detrex\).*register_adapter",
+        r"RTDetrV2ForObjectDetection, DeformableDetrForObjectDetection, ConditionalDetrForObjectDetection, "
+        r"DabDetrForObjectDetection, LwDetrForObjectDetection, RfDetrForObjectDetection, "
+        r"GroundingDinoForObjectDetection, MMGroundingDinoForObjectDetection \(transformers\); DeformableDETR, "
+        r".*DINO.* \(detrex\).*register_adapter",
     ):
         wrap_decoder(nn.Linear(2, 2))
 

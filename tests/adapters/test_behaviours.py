@@ -346,6 +346,10 @@ def test_deployed_with_fewer_layers_a_model_predicts_what_its_last_one_did(host:
 @torch.no_grad()
 def test_a_bare_hosts_first_layers_predict_what_they_did(host: Host) -> None:
     model = build(host)
+    if host.name == "conditional-detr":
+        with pytest.raises(ValueError, match="norms the states of its last layer twice"):
+            find_adapter(model).keep_layers(model, 1)
+        pytest.skip("the bare host's layers predict otherwise where they are the last")
     wanted = host.predict_layers(model, images())[0]
     find_adapter(model).keep_layers(model, 1)
     found = find_adapter(model).detector(model)(host.pixels(images()))

@@ -48,7 +48,7 @@ def test_a_matcher_that_nobody_knows_is_asked_itself(host: Host, monkeypatch: py
 
         if host.name.startswith("rt-detr"):
             module, name = rt_detr, "RTDetrHungarianMatcher"
-        elif host.fixed_references:
+        elif host.name in ("lw-detr", "rf-detr"):
             module, name = lw_detr, "LwDetrHungarianMatcher"
         elif "grounding-dino" in host.name:
             module, name = grounding_dino, "GroundingDinoHungarianMatcher"

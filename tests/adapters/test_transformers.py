@@ -8,10 +8,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 from transformers.models.lw_detr.modeling_lw_detr import refine_bboxes
 
-from dfine_plugin import unwrap_decoder, wrap_decoder
+from dfine_plugin import UnsupportedModelError, unwrap_decoder, wrap_decoder
 
-from .hosts import Host, build, images, labels, predict, randomise_fdr, wrapped
-from .transformers_hosts import TransformersHost
+from .hosts import Host, assert_equal, build, images, labels, predict, randomise_fdr, wrapped
+from .transformers_hosts import HOSTS, TransformersHost
 
 
 @pytest.fixture
@@ -32,12 +32,17 @@ def test_a_fresh_wrap_reports_the_hosts_first_boxes(host: Host) -> None:
     )
     baseline.model.decoder.register_forward_pre_hook(lambda m, a, kwargs: given.update(kwargs), with_kwargs=True)
     predict(host, baseline)
-    if host.fixed_references:
+    if host.name in ("lw-detr", "rf-detr"):
         moved = baseline.bbox_embed(baseline.model.decoder.layernorm(given["hidden"]))
         expected = refine_bboxes(given["reference_points"], moved)
         torch.testing.assert_close(boxes, expected, atol=1e-5, rtol=0)
         return
-    if host.one_box_head:
+    if host.name == "conditional-detr":
+        decoder = baseline.model.decoder
+        given["hidden"] = decoder.layernorm(given["hidden"])
+        head = baseline.bbox_predictor
+        reference = decoder.ref_point_head(given["object_queries_position_embeddings"])
+    elif host.one_box_head:
         head, reference = baseline.bbox_predictor, given["query_position_embeddings"]
     else:
         heads = baseline.model.decoder.bbox_embed
@@ -149,3 +154,12 @@ def test_gradient_checkpointing_changes_nothing(host: Host) -> None:
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-5, msg=name)
+
+
+def test_layers_that_are_left_out_at_random_are_refused() -> None:
+    host = next(row for row in HOSTS if row.name == "conditional-detr")
+    model = build(host)
+    model.config.decoder_layerdrop = 0.1
+    with pytest.raises(UnsupportedModelError, match=r"leaves out whole decoder layers .*decoder_layerdrop=0.1"):
+        wrap_decoder(model)
+    assert_equal(host, model, build(host))

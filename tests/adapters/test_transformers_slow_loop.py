@@ -14,7 +14,7 @@ from dfine_plugin import FDRConfig, wrap_decoder
 from . import slow_loop as slow
 from .gradients import assert_same_gradients
 from .hosts import Host, build, default_settings, images, labels, randomise_fdr
-from .transformers_hosts import PHRASES, TEXT_LENGTH, TextHost, TransformersHost
+from .transformers_hosts import HOSTS, PHRASES, TEXT_LENGTH, TextHost, TransformersHost
 
 
 @pytest.fixture
@@ -27,6 +27,8 @@ def refine(model: PreTrainedModel, inputs: dict[str, Any]) -> slow.Predictions:
     decoder = model.model.decoder
     if model.config.model_type == "dab-detr":
         return refine_anchors(model, inputs)
+    if model.config.model_type == "conditional_detr":
+        return refine_from_points(model, inputs)
     if hasattr(decoder, "ref_point_head"):
         return refine_afterwards(model, inputs)
     if hasattr(decoder, "reference_points_head"):
@@ -93,6 +95,37 @@ def refine_anchors(model: PreTrainedModel, inputs: dict[str, Any]) -> slow.Predi
         logits = F.linear(decoder.layernorm(hidden), model.class_embed.weight, model.class_embed.bias)
         box = fdr.layer(hidden, slow.first_head(decoder.bbox_embed), reference, 1e-5, logits)
         reference = slow.reported(box.detach())
+    return fdr.out
+
+
+def refine_from_points(model: PreTrainedModel, inputs: dict[str, Any]) -> slow.Predictions:
+    """The same for Conditional-DETR, whose layers all predict from one point of each query. The images are whole.
+
+    With auxiliary losses the host norms a layer's states before the next one, and the last layer's twice.
+    """
+    decoder = model.model.decoder
+    hidden, position = inputs["inputs_embeds"], inputs["object_queries_position_embeddings"]
+    point = decoder.ref_point_head(position).sigmoid()
+    width = hidden.shape[-1]
+    at_point = sines(F.pad(point, (0, 2)), width // 2)[..., :width]
+    fdr = slow.SlowFDR(decoder.fdr)
+    for index, layer in enumerate(decoder.layers):
+        scale = slow.first_head(decoder.query_scale)(hidden) if index > 0 else 1
+        hidden = layer(
+            hidden,
+            None,
+            inputs["spatial_position_embeddings"],
+            position,
+            at_point * scale,
+            inputs["encoder_hidden_states"],
+            is_first=index == 0,
+        )
+        state = decoder.layernorm(hidden)
+        if model.config.auxiliary_loss:
+            hidden = state
+            state = decoder.layernorm(hidden) if index == len(decoder.layers) - 1 else state
+        logits = F.linear(state, model.class_labels_classifier.weight, model.class_labels_classifier.bias)
+        fdr.layer(state, slow.first_head(model.bbox_predictor), point, 1e-5, logits)
     return fdr.out
 
 
@@ -191,6 +224,21 @@ def test_boxes_and_logits_and_their_gradients(host: Host, lqe: bool) -> None:
     probe = torch.randn(boxes.shape, generator=generator).double()
     assert_same_gradients(model, (outputs.pred_boxes * probe).sum(), (boxes * probe).sum(), 1e-4)
     assert_same_gradients(model, found.square().mean(), logits.square().mean(), 1e-4)
+
+
+def test_layers_whose_states_are_normed_for_the_heads_alone() -> None:
+    """Conditional-DETR without auxiliary losses, as the published checkpoints have it."""
+    host = next(row for row in HOSTS if row.name == "conditional-detr")
+    model = build(host)
+    host.without_auxiliary_losses(model)
+    wrap_decoder(model, host.config()).train()
+    randomise_fdr(host, model)
+    outputs, expected = run(host, model, in_double(model, labels()))
+    boxes, logits = expected.boxes[-1], expected.logits[-1]
+    torch.testing.assert_close(outputs.pred_boxes, boxes, atol=1e-5, rtol=0)
+    torch.testing.assert_close(outputs.logits, logits, atol=1e-5, rtol=0)
+    assert_same_gradients(model, outputs.pred_boxes.square().sum(), boxes.square().sum(), 1e-4)
+    assert_same_gradients(model, outputs.logits.square().mean(), logits.square().mean(), 1e-4)
 
 
 def slow_losses(

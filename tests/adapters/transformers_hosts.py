@@ -5,6 +5,8 @@ import transformers
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
+    ConditionalDetrConfig,
+    ConditionalDetrForObjectDetection,
     DabDetrConfig,
     DabDetrForObjectDetection,
     DeformableDetrConfig,
@@ -100,6 +102,22 @@ def _dab_detr() -> PreTrainedModel:
     )
     model = DabDetrForObjectDetection(config)
     model.requires_grad_(True)  # the host freezes a backbone of its own making for good
+    return model
+
+
+def _conditional_detr() -> PreTrainedModel:
+    config = ConditionalDetrConfig(
+        backbone_config=ResNetConfig(**{**_BACKBONE, "out_features": ["stage4"]}),
+        d_model=32,
+        encoder_layers=1,
+        **_DECODER,
+        num_labels=NUM_CLASSES,
+        auxiliary_loss=True,
+        dropout=0.0,
+        init_std=0.2,  # with less, queries that all begin as zeros stay alike
+    )
+    model = ConditionalDetrForObjectDetection(config)
+    model.requires_grad_(True)  # the host freezes a backbone of its own making in part
     return model
 
 
@@ -232,6 +250,14 @@ HOSTS = [
         False,
         settings={"box_refinement": True},
         checkpointing=True,
+    ),
+    TransformersHost(
+        "conditional-detr",
+        _conditional_detr,
+        weighted_loss_dict=False,
+        checkpointing=True,
+        one_box_head=True,
+        fixed_references=True,
     ),
     TransformersHost("dab-detr", _dab_detr, weighted_loss_dict=False, one_box_head=True),
     TransformersHost("lw-detr", _lw_detr, weighted_loss_dict=False, one_box_head=True, fixed_references=True),
