@@ -151,27 +151,41 @@ def deformable_detr_two_stage(class_names: list[str], num_queries: int) -> nn.Mo
     return _deformable_detr(class_names, num_queries, two_stage=True)
 
 
+def _dense_attention(class_names: list[str], num_queries: int) -> dict[str, Any]:
+    """What the hosts that attend to all of one level have in common: three stages of a ResNet, and their sizes."""
+    from transformers import ResNetConfig
+
+    stages = {"hidden_sizes": [16, 32, 64], "depths": [1, 1, 1], "out_features": ["stage3"]}
+    return {
+        "backbone_config": ResNetConfig(**{**_RESNET, **stages}),
+        "encoder_layers": 1,
+        "encoder_ffn_dim": 128,
+        "encoder_attention_heads": 4,
+        "decoder_layers": 3,
+        "decoder_ffn_dim": 128,
+        "decoder_attention_heads": 4,
+        "num_queries": num_queries,
+        "auxiliary_loss": True,
+        "dropout": 0.0,
+        **_labels(class_names),
+    }
+
+
 @host("dab-detr", learning_rate=1e-3)
 def dab_detr(class_names: list[str], num_queries: int) -> nn.Module:
     """DAB-DETR, 0.4 M parameters: dense attention on one level, of stride 16; learned boxes for queries."""
-    from transformers import DabDetrConfig, DabDetrForObjectDetection, ResNetConfig
+    from transformers import DabDetrConfig, DabDetrForObjectDetection
 
-    stages = {"hidden_sizes": [16, 32, 64], "depths": [1, 1, 1], "out_features": ["stage3"]}
-    config = DabDetrConfig(
-        backbone_config=ResNetConfig(**{**_RESNET, **stages}),
-        hidden_size=64,
-        encoder_layers=1,
-        encoder_ffn_dim=128,
-        encoder_attention_heads=4,
-        decoder_layers=3,
-        decoder_ffn_dim=128,
-        decoder_attention_heads=4,
-        num_queries=num_queries,
-        auxiliary_loss=True,
-        dropout=0.0,
-        **_labels(class_names),
-    )
-    return DabDetrForObjectDetection(config)
+    return DabDetrForObjectDetection(DabDetrConfig(hidden_size=64, **_dense_attention(class_names, num_queries)))
+
+
+@host("conditional-detr", learning_rate=1e-3)
+def conditional_detr(class_names: list[str], num_queries: int) -> nn.Module:
+    """Conditional-DETR, 0.4 M parameters: the same attention; learned points for queries, which stay where they are."""
+    from transformers import ConditionalDetrConfig, ConditionalDetrForObjectDetection
+
+    config = ConditionalDetrConfig(d_model=64, **_dense_attention(class_names, num_queries))
+    return ConditionalDetrForObjectDetection(config)
 
 
 @host("lw-detr", learning_rate=1e-3)

@@ -28,13 +28,14 @@ def initialise_from_scratch(model: nn.Module) -> None:
       the encoder's output; zeros in the last layers of box heads.
     - Deformable-DETR (official `DeformableDETR`): Xavier in all of encoder, decoder and input projections; zeros in the
       last layers of box heads, whose first one starts at sides of sigmoid(-2) where references have no sides.
-    - DAB-DETR (official `DABDETR`): Xavier in all of encoder and decoder; zeros in the last layer of the box head.
+    - DAB-DETR and Conditional-DETR (official `DABDETR`, `ConditionalDETR`): Xavier in all of encoder and decoder; zeros
+      in the last layer of the box head.
     - LW-DETR (official `LWDETR`): the ViT as transformers draws it; Xavier in all of the decoder and in the encoder's
       output; zeros in references' offsets and in the last layers of box heads; the encoder's heads as copies of the
       model's.
     - Class biases: the focal loss's prior.
 
-    The backbones of Deformable-DETR and DAB-DETR come frozen in part, BatchNorm included: they train.
+    The backbones of Deformable-, DAB- and Conditional-DETR come frozen in part, BatchNorm included: they train.
     """
     _unfreeze(model)
     kind = getattr(getattr(model, "config", None), "model_type", "")
@@ -53,7 +54,9 @@ def initialise_from_scratch(model: nn.Module) -> None:
     elif kind == "deformable_detr":
         _initialise_deformable_detr(model)
     elif kind == "dab-detr":
-        _initialise_dab_detr(model)
+        _initialise_dense(model, model.class_embed)
+    elif kind == "conditional_detr":
+        _initialise_dense(model, model.class_labels_classifier)
     elif kind == "lw_detr":
         _initialise_lw_detr(model)
     else:
@@ -61,12 +64,14 @@ def initialise_from_scratch(model: nn.Module) -> None:
 
 
 def _unfreeze(model: nn.Module) -> None:
+    from transformers.models.conditional_detr.modeling_conditional_detr import ConditionalDetrFrozenBatchNorm2d
     from transformers.models.dab_detr.modeling_dab_detr import DabDetrFrozenBatchNorm2d
     from transformers.models.deformable_detr.modeling_deformable_detr import DeformableDetrFrozenBatchNorm2d
 
+    frozen = ConditionalDetrFrozenBatchNorm2d | DabDetrFrozenBatchNorm2d | DeformableDetrFrozenBatchNorm2d
     for parent in list(model.modules()):
         for name, child in parent.named_children():
-            if isinstance(child, DeformableDetrFrozenBatchNorm2d | DabDetrFrozenBatchNorm2d):
+            if isinstance(child, frozen):
                 setattr(parent, name, nn.BatchNorm2d(len(child.weight)))
     model.requires_grad_(True)
 
@@ -118,14 +123,15 @@ def _initialise_deformable_detr(model: Any) -> None:
     _set_class_bias(*model.class_embed)
 
 
-def _initialise_dab_detr(model: Any) -> None:
+def _initialise_dense(model: Any, classifier: nn.Linear) -> None:
     for part in (model.model.encoder, model.model.decoder):
+        drawn = [a for a in part.modules() if hasattr(a, "q_proj")]  # by _initialise_attention
+        kept = {id(p) for attention in drawn for p in (attention.q_proj, attention.k_proj, attention.v_proj)}
         for name, module in part.named_modules():
-            kept = "bbox_embed" in name or name.endswith(("q_proj", "k_proj", "v_proj"))
-            if isinstance(module, nn.Linear) and not kept:
+            if isinstance(module, nn.Linear) and "bbox_embed" not in name and id(module) not in kept:
                 nn.init.xavier_uniform_(module.weight)
     _zero(model.bbox_predictor.layers[-1])
-    _set_class_bias(model.class_embed)
+    _set_class_bias(classifier)
 
 
 def _initialise_lw_detr(model: Any) -> None:

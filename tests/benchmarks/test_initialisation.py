@@ -116,7 +116,19 @@ def test_dab_detr_starts_as_the_authors() -> None:
     assert spread(attention.q_proj.weight) == pytest.approx(xavier(torch.empty(192, 64)), rel=0.06)
 
 
-@pytest.mark.parametrize("host", [*RT_DETRS, *DEFORMABLE_DETRS, "dab-detr"])
+def test_conditional_detr_starts_as_the_authors() -> None:
+    model = build("conditional-detr")
+    decoder = model.model.decoder
+    attention = decoder.layers[1].encoder_attn
+    linears = (decoder.layers[1].mlp.fc1, *decoder.ref_point_head.layers[:1], *decoder.query_scale.layers)
+    for linear in (*linears, *(module for module in attention.children() if isinstance(module, nn.Linear))):
+        assert spread(linear.weight) == pytest.approx(xavier(linear.weight), rel=0.06)
+    assert not model.bbox_predictor.layers[-1].weight.any()
+    bias = model.class_labels_classifier.bias
+    torch.testing.assert_close(bias.sigmoid(), torch.full_like(bias, PRIOR))
+
+
+@pytest.mark.parametrize("host", [*RT_DETRS, *DEFORMABLE_DETRS, "dab-detr", "conditional-detr"])
 def test_backbones_start_as_torchvisions(host: str) -> None:
     backbone = build(host).model.backbone
     convolutions = [module for module in backbone.modules() if isinstance(module, nn.Conv2d)]
