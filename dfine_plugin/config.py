@@ -17,6 +17,9 @@ VERSION = 1
 WEIGHTINGS = ("nonuniform", "uniform")
 """The choices for W."""
 
+PARTS = ("all", "head")
+"""The choices for what is trained: the whole model, or its FDR head alone."""
+
 
 @dataclass(frozen=True)
 class FDRConfig:
@@ -40,6 +43,9 @@ class FDRConfig:
             1 is the paper's; schedules too short for the paper's head to leave the initial boxes need more.
         lqe: add a quality estimated from the shape of the distributions to the class logits, as the paper does. Off: no
             difference was measured that would pay for its parameters.
+        distribution_losses_train: what the gradients of FGL and DDF reach: ``"all"``, the paper's, or ``"head"``: the
+            FDR head alone, and the host learns from its own losses on the refined boxes. The head then runs twice in
+            training.
         trainable: ``"all"``, or ``"head"``: the FDR head alone learns, and the host stays as it is, its BatchNorms'
             statistics included.
         box_refinement: consent to wrap a host that does not refine its reference points from layer to layer. FDR
@@ -60,6 +66,7 @@ class FDRConfig:
     ddf: bool = False
     residual_scale: float = 2.0
     lqe: bool = False
+    distribution_losses_train: str = "all"
     trainable: str = "all"
     box_refinement: bool = False
 
@@ -67,8 +74,9 @@ class FDRConfig:
         check_bins(self.num_bins, self.a, self.c)
         if self.weighting not in WEIGHTINGS:
             raise ValueError(f"weighting must be {' or '.join(map(repr, WEIGHTINGS))}, got {self.weighting!r}")
-        if self.trainable not in ("all", "head"):
-            raise ValueError(f"trainable must be 'all' or 'head', got {self.trainable!r}")
+        for name in ("distribution_losses_train", "trainable"):
+            if getattr(self, name) not in PARTS:
+                raise ValueError(f"{name} must be {' or '.join(map(repr, PARTS))}, got {getattr(self, name)!r}")
         check_number("temperature", self.temperature, above=0)
         check_number("residual_scale", self.residual_scale, above=0)
         check_number("fgl_weight", self.fgl_weight, least=0)

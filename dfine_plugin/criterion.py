@@ -107,6 +107,7 @@ def distribution_losses(
     """
     num_layers = len(record.boxes)
     frame = record.initial_boxes.detach()
+    logits = record.supervised_logits()
     fgl: list[Tensor] = []
     iou: list[Tensor] = []
     shared = all(of_layer is pairs[0] for of_layer in pairs)
@@ -117,7 +118,7 @@ def distribution_losses(
         boxes = flat.of([layer.detach() for layer in record.boxes[layers]])
         quality = aligned_iou(boxes, target.expand_as(boxes))
         # copies: hosts weigh them in place, which a part of a stack would pass on to the others
-        fgl += [x.clone() for x in fgl_of_bins(flat.of(record.corner_logits[layers]), *bins, quality, num_boxes)]
+        fgl += [x.clone() for x in fgl_of_bins(flat.of(logits[layers]), *bins, quality, num_boxes)]
         iou += quality.unbind()
     if not config.ddf or num_layers == 1:
         return fgl, []
@@ -132,9 +133,9 @@ def distribution_losses(
     counts = torch.stack([query_counts(matched) for matched, _ in taught]).to(frame.dtype)
     if over_processes:
         counts = average_over_processes(counts)
-    targets = soft_targets(record.corner_logits[-1], config.temperature)
+    targets = soft_targets(logits[-1], config.temperature)
     ddf = [
         ddf_of_targets(student, *targets, *of_queries, config.temperature, of_layer)
-        for student, of_queries, of_layer in zip(record.corner_logits, taught, counts, strict=False)
+        for student, of_queries, of_layer in zip(logits, taught, counts, strict=False)
     ]
     return fgl, ddf

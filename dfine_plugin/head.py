@@ -73,6 +73,7 @@ class Refinement:
         probabilities: ``(B, Q, 4, K)``, the softmax of the corner logits, shared by boxes and location quality; None
             before the first.
         hidden_states: ``(B, Q, C)``, the latest layer's, detached; None before the first.
+        head_logits: the corner logits once more, whose gradient ends in the head; None where nothing asks for them.
     """
 
     initial_boxes: Tensor
@@ -80,6 +81,7 @@ class Refinement:
     corner_logits: Tensor | None = None
     probabilities: Tensor | None = None
     hidden_states: Tensor | None = None
+    head_logits: Tensor | None = None
 
 
 class FDRHead(nn.Module):
@@ -124,10 +126,10 @@ class FDRHead(nn.Module):
     def forward(self, layer: int, hidden_states: Tensor, state: Refinement) -> Refinement:
         """Refine by decoder layer ``layer`` (from 0), whose output ``(B, Q, C)`` the hidden states are."""
         inputs = hidden_states if state.hidden_states is None else hidden_states + state.hidden_states
-        residual = at_least_float32(self.refine[layer](inputs)).unflatten(-1, (4, len(self.weights)))
-        if self.residual_scale != 1:
-            residual = self.residual_scale * residual
-        corner_logits = residual if state.corner_logits is None else state.corner_logits + residual
+        corner_logits = self._add_residual(layer, inputs, state.corner_logits)
+        head_logits = None
+        if self.training and self.config.distribution_losses_train == "head":
+            head_logits = self._add_residual(layer, inputs.detach(), state.head_logits)
         probabilities = corner_logits.softmax(-1)
         return Refinement(
             initial_boxes=state.initial_boxes,
@@ -135,7 +137,14 @@ class FDRHead(nn.Module):
             corner_logits=corner_logits,
             probabilities=probabilities,
             hidden_states=hidden_states.detach(),
+            head_logits=head_logits,
         )
+
+    def _add_residual(self, layer: int, inputs: Tensor, corner_logits: Tensor | None) -> Tensor:
+        residual = at_least_float32(self.refine[layer](inputs)).unflatten(-1, (4, len(self.weights)))
+        if self.residual_scale != 1:
+            residual = self.residual_scale * residual
+        return residual if corner_logits is None else corner_logits + residual
 
     def quality_logits(self, layer: int, probabilities: Tensor) -> Tensor | None:
         """What LQE adds to the layer's class logits: ``(B, Q, 4, K)`` distributions to ``(B, Q, 1)``; None without."""

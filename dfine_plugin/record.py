@@ -35,6 +35,8 @@ class FDRRecord:
         initial_boxes: ``(B, Q, 4)`` cxcywh, b0 with its gradient.
         corner_logits: for each layer ``(B, Q, 4, K)``.
         boxes: for each layer ``(B, Q, 4)`` cxcywh, before any cast to the host's dtype.
+        head_logits: for each layer its corner logits with a gradient that ends in the head; empty where FGL and DDF
+            train the host, too.
         reference_logits: for each layer ``(B, Q, 4)``, the logits of the reference that it attended from, as the host
             adds them to its box head's output.
         quality_logits: for each layer ``(B, Q, 1)``, what LQE adds to the class logits; empty without LQE.
@@ -45,6 +47,7 @@ class FDRRecord:
     initial_boxes: Tensor
     corner_logits: list[Tensor] = field(default_factory=list)
     boxes: list[Tensor] = field(default_factory=list)
+    head_logits: list[Tensor] = field(default_factory=list)
     reference_logits: list[Tensor] = field(default_factory=list)
     quality_logits: list[Tensor] = field(default_factory=list)
     initial_logits: Tensor | None = None
@@ -54,6 +57,8 @@ class FDRRecord:
         looked up."""
         assert refined.corner_logits is not None
         self.corner_logits.append(refined.corner_logits)
+        if refined.head_logits is not None:
+            self.head_logits.append(refined.head_logits)
         self.boxes.append(refined.boxes)
         if quality_logits is not None:
             self.quality_logits.append(quality_logits)
@@ -65,6 +70,7 @@ class FDRRecord:
             initial_boxes=self.initial_boxes[:, part],
             corner_logits=[logits[:, part] for logits in self.corner_logits],
             boxes=[boxes[:, part] for boxes in self.boxes],
+            head_logits=[logits[:, part] for logits in self.head_logits],
             initial_logits=None if self.initial_logits is None else self.initial_logits[:, part],
         )
 
@@ -77,7 +83,16 @@ class FDRRecord:
 
     def last(self, count: int) -> "FDRRecord":
         """The record of the last ``count`` layers."""
-        return replace(self, corner_logits=self.corner_logits[-count:], boxes=self.boxes[-count:])
+        return replace(
+            self,
+            corner_logits=self.corner_logits[-count:],
+            boxes=self.boxes[-count:],
+            head_logits=self.head_logits[-count:],
+        )
+
+    def supervised_logits(self) -> list[Tensor]:
+        """For each layer ``(B, Q, 4, K)``, what FGL and DDF are computed from."""
+        return self.head_logits or self.corner_logits
 
 
 class Scope:

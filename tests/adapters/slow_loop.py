@@ -24,7 +24,7 @@ Phrases = Sequence[Sequence[int]] | None
 
 @dataclass
 class Predictions:
-    """Of all layers: boxes and class logits as lists, the distributions' logits, and the initial set."""
+    """Of all layers: boxes and class logits as lists, distributions' logits for FGL and DDF, and the initial set."""
 
     boxes: list[Tensor]
     logits: list[Tensor]
@@ -72,6 +72,7 @@ class SlowFDR:
         self.w_of_n = self.config.bin_values().tolist()
         self.out = Predictions([], [], [], torch.empty(0), torch.empty(0))
         self.z: Tensor | float = 0.0
+        self.supervised: Tensor | float = 0.0
         self.previous: Tensor | float = 0.0
 
     def locate(self, moved: Tensor, reference: Tensor, eps: float) -> Tensor:
@@ -90,8 +91,12 @@ class SlowFDR:
             self.out.initial_boxes = self.locate(delta(hidden), reference, eps)
             self.out.initial_logits = logits
         cx, cy, w, h = self.out.initial_boxes.detach().unbind(-1)
+        shape = (*hidden.shape[:2], 4, len(self.w_of_n))
         residual = self.fdr.refine[index](hidden + self.previous)
-        self.z = self.z + self.config.residual_scale * residual.reshape(*hidden.shape[:2], 4, len(self.w_of_n))
+        self.z = self.z + self.config.residual_scale * residual.reshape(shape)
+        supervised = hidden.detach() if self.config.distribution_losses_train == "head" else hidden
+        residual = self.fdr.refine[index](supervised + self.previous)
+        self.supervised = self.supervised + self.config.residual_scale * residual.reshape(shape)
         self.previous = hidden.detach()
         probability = torch.softmax(self.z, -1)
         offsets = sum(self.w_of_n[n] * probability[..., n] for n in range(len(self.w_of_n)))
@@ -107,7 +112,7 @@ class SlowFDR:
             logits = logits + self.fdr.quality[index](shape.reshape(*shape.shape[:2], -1))
         self.out.boxes.append(box)
         self.out.logits.append(logits)
-        self.out.corner_logits.append(self.z)
+        self.out.corner_logits.append(self.supervised)
         return box
 
 

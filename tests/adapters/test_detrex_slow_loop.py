@@ -230,8 +230,9 @@ def slow_losses(
         ({"union": False, "ddf": False, "lqe": False}, (2, 3)),
         ({"weighting": "uniform", "num_bins": 16, "a": 0.25, "temperature": 2.0}, (2, 0)),
         (default_settings(), (2, 3)),
+        ({"distribution_losses_train": "head"}, (2, 3)),
     ],
-    ids=["paper", "fdr", "other-bins-empty-image", "default"],
+    ids=["paper", "fdr", "other-bins-empty-image", "default", "head-alone"],
 )
 def test_every_loss_term_and_its_gradient(host: Host, settings: dict[str, Any], counts: tuple[int, ...]) -> None:
     config = host.config(**settings)
