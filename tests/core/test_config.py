@@ -30,6 +30,7 @@ configs = st.builds(
     lqe=st.booleans(),
     weighting=st.sampled_from(["nonuniform", "uniform"]),
     trainable=st.sampled_from(["all", "head"]),
+    distribution_losses_train=st.sampled_from(["all", "head"]),
     box_refinement=st.booleans(),
 )
 
@@ -81,6 +82,7 @@ def test_frozen() -> None:
         ("weighting", "gaussian", "nonuniform"),
         ("weighting", "", "uniform"),
         ("trainable", "backbone", "'all' or 'head'"),
+        ("distribution_losses_train", None, "'all' or 'head'"),
     ],
 )
 def test_out_of_bounds(field: str, value: float | str, bound: str) -> None:
