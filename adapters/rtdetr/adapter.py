@@ -123,13 +123,17 @@ class RTDETRAdapter:
 
 
 class Detector(nn.Module):
-    """A model's logits and boxes, as a tuple."""
+    """A model's logits and boxes, as a tuple; of images of one size where the host has its anchors for that."""
 
     def __init__(self, model: Host) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        height, width = images.shape[-2:]
+        size = self.model.decoder.eval_spatial_size
+        if size and [height, width] != [*size]:
+            raise ValueError(f"this model takes {size[0]}x{size[1]} images (eval_spatial_size), not {height}x{width}")
         outputs = self.model(images)
         return outputs["pred_logits"], outputs["pred_boxes"]
 

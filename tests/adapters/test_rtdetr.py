@@ -208,6 +208,17 @@ def test_the_hosts_postprocessor_takes_the_outputs(host: RTDETRHost) -> None:
         torch.testing.assert_close(result["boxes"], torch.stack([x - w / 2, y - h / 2, x + w / 2, y + h / 2], -1))
 
 
+@torch.no_grad()
+def test_images_of_another_size_than_the_hosts_are_named(host: RTDETRHost) -> None:
+    model = wrapped(host)
+    other = torch.rand(1, 3, 96, 64)
+    if model.decoder.eval_spatial_size is None:
+        assert all(tensor.isfinite().all() for tensor in find_adapter(model).detector(model)(other))
+        return
+    with pytest.raises(ValueError, match=r"takes 64x64 images \(eval_spatial_size\), not 96x64"):
+        find_adapter(model).detector(model)(other)
+
+
 def test_the_hosts_ema_follows_and_evaluates(host: RTDETRHost) -> None:
     from src.optim import ModelEMA
 
