@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,8 +25,8 @@ class Retired:
         attributes: what was replaced as a whole (such as a ModuleList, or None where there was none), by dotted name.
         classes: the host's classes of modules that became another class, by their dotted names.
         load_hook: what prepares a state dict, a baseline's for example, for being loaded.
-        outdated: whether the rest of the model has been loaded from a wrapped model's state dict, which has no such
-            heads, so that these belong to other weights.
+        outdated: whether the rest of the model has been loaded from a state dict without such heads, as a wrapped
+            model's is, so that these belong to other weights.
         box_heads: what the host's layers after the first one reported boxes by; none where it does not refine.
     """
 
@@ -48,13 +48,17 @@ class Retired:
         """:func:`recast` the model's module of this dotted name, and keep the class it was of."""
         self.classes[name] = recast(model.get_submodule(name), twin)
 
+    def foreign(self, model: Host) -> list[str]:
+        """The names of the retired heads that share no parameters with what the model has kept."""
+        kept = {id(parameter) for parameter in model.parameters()}
+        return [name for name, head in self.modules.items() if any(id(p) not in kept for p in head.parameters())]
+
     def restore(self, model: Host, like: Tensor) -> None:
         """Put everything back. The retired heads follow a move of the model, to the device and dtype of ``like``."""
-        kept = {id(parameter) for parameter in model.parameters()}
-        foreign = [name for name, head in self.modules.items() if any(id(p) not in kept for p in head.parameters())]
+        foreign = self.foreign(model)
         if self.outdated and foreign:
             warnings.warn(
-                f"the box heads that come back ({', '.join(foreign)}) do not belong to the wrapped checkpoint that was "
+                f"the box heads that come back ({', '.join(foreign)}) do not belong to the checkpoint that was "
                 "loaded, which holds none: this host's boxes are of no use before these heads are trained, or loaded "
                 "from a baseline's state dict",
                 stacklevel=4,
@@ -66,6 +70,16 @@ class Retired:
             setattr(model.get_submodule(parent), attribute, value)
         for name, host_class in self.classes.items():
             recast(model.get_submodule(name), host_class)
+
+
+def retire(model: Host, names: Iterable[str], retired: Retired) -> None:
+    """Take the named elements of ModuleLists out, an Identity in their place so that the others keep their names."""
+    # all of them first: some hosts give one list two names
+    originals = {name: model.get_submodule(name) for name in names}
+    for name in originals:
+        retired.replace(model, name, nn.Identity())
+    retired.modules.update(originals)
+    retired.attributes.update(originals)
 
 
 def host_box(model: Host, layer: int, hidden_states: Tensor, reference: Tensor) -> Tensor:
@@ -86,7 +100,9 @@ def recast(module: nn.Module, twin: type[nn.Module]) -> type[nn.Module]:
     return former
 
 
-def keep_first_layers(model: Host, decoder: str, num_layers: int) -> None:
+def keep_first_layers(
+    model: Host, decoder: str, num_layers: int, heads: Sequence[str] = ("bbox_embed", "class_embed")
+) -> None:
     """Leave a decoder its first layers, and the lists of heads theirs; with what follows all layers' heads in a list.
 
     That is the encoder's proposal head, which hosts look up behind those of as many layers as the decoder has.
@@ -95,6 +111,7 @@ def keep_first_layers(model: Host, decoder: str, num_layers: int) -> None:
         model: wrapped or not.
         decoder: the dotted name of its decoder.
         num_layers: how many layers to keep.
+        heads: what the lists of heads are called, in the model, in the decoder or in what holds it.
 
     Raises:
         ValueError: the decoder does not have so many layers. Nothing is changed.
@@ -104,11 +121,11 @@ def keep_first_layers(model: Host, decoder: str, num_layers: int) -> None:
     if not isinstance(num_layers, int) or not 1 <= num_layers <= total:
         raise ValueError(f"num_layers must be in [1, {total}], the decoder's layers; got {num_layers!r}")
     module.layers = module.layers[:num_layers]
-    for owner in (model, module):
-        for name in ("bbox_embed", "class_embed"):
-            heads = getattr(owner, name, None)
-            if isinstance(heads, nn.ModuleList):  # not one head for all layers
-                setattr(owner, name, nn.ModuleList([*heads[:num_layers], *heads[total:]]))
+    for owner in (model, model.get_submodule(decoder.rpartition(".")[0]), module):
+        for name in heads:
+            of_layers = getattr(owner, name, None)
+            if isinstance(of_layers, nn.ModuleList):  # not one head for all layers
+                setattr(owner, name, nn.ModuleList([*of_layers[:num_layers], *of_layers[total:]]))
     if hasattr(module, "fdr"):
         module.fdr.keep_layers(num_layers)
 
@@ -147,11 +164,13 @@ def seed_from_baseline(
         return
     marker = f"{prefix}{head}."
     own = model.state_dict(prefix=prefix)
+    # the first box head tells other weights from a copy of these
+    shared = [key for key in own.keys() & state_dict.keys() if "bbox" in key]
+    differs = any(not torch.equal(own[key], state_dict[key].to(own[key])) for key in shared)
     if any(key.startswith(marker) for key in state_dict):
-        # the first box head tells other weights from a copy of these
-        shared = [key for key in own.keys() & state_dict.keys() if "bbox" in key]
-        retired.outdated |= any(not torch.equal(own[key], state_dict[key].to(own[key])) for key in shared)
+        retired.outdated |= differs
         return
+    retired.outdated |= differs and bool(retired.foreign(model))
     for name, module in retired.modules.items():
         for key, parameter in module.state_dict(prefix=f"{prefix}{name}.").items():
             if key in state_dict:

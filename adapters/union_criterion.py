@@ -3,9 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dfine_plugin.assignment import MatchingCost, SetToMatch, match_sets
+from dfine_plugin.boxes import aligned_iou, at_least_float32
 from dfine_plugin.config import FDRConfig
 from dfine_plugin.criterion import (
     FlatPairs,
@@ -16,8 +19,19 @@ from dfine_plugin.criterion import (
     mean_over_processes,
 )
 from dfine_plugin.matching import GOLSDMatcher, Pairs, union_matching
-from dfine_plugin.record import FDRRecord, current_scope
+from dfine_plugin.record import FDRRecord
 from dfine_plugin.validation import FiniteCheck, check_finite
+
+
+def prediction_set(outputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Logits and boxes of a host's outputs, without what hangs on them."""
+    return {key: outputs[key] for key in ("pred_logits", "pred_boxes")}
+
+
+def initial_set(record: FDRRecord) -> dict[str, Tensor]:
+    """The initial boxes with layer 1's class logits before LQE, as a prediction set."""
+    assert record.initial_logits is not None
+    return {"pred_logits": record.initial_logits, "pred_boxes": record.initial_boxes}
 
 
 def layer_names(sets: Sequence[dict[str, Tensor]], record: FDRRecord, of: str = "") -> dict[str, dict[str, Tensor]]:
@@ -70,9 +84,17 @@ def named_terms(terms: Terms, suffixes: list[str]) -> dict[str, Tensor]:
     return named | {f"loss_ddf{suffix}": term for suffix, term in zip(suffixes, ddf, strict=False)}
 
 
-def take_in_idle(losses: dict[str, Tensor]) -> None:
-    """Give this batch's idle parameters a gradient of zero, for DistributedDataParallel waits for one."""
-    for parameter in current_scope().idle:
+def weighted_terms(terms: Terms, suffixes: list[str], config: FDRConfig) -> dict[str, Tensor]:
+    """:func:`named_terms` with their weights, for hosts whose loss dict holds weighted terms."""
+    fgl, ddf = terms
+    return named_terms(
+        ([config.fgl_weight * term for term in fgl], [config.ddf_weight * term for term in ddf]), suffixes
+    )
+
+
+def take_in_idle(losses: dict[str, Tensor], idle: Sequence[Tensor]) -> None:
+    """Give a batch's idle parameters a gradient of zero, for DistributedDataParallel waits for one."""
+    for parameter in idle:
         losses["loss_bbox"] = losses["loss_bbox"] + 0 * parameter.sum()
 
 
@@ -84,6 +106,8 @@ class UnionCriterion(nn.Module):
     """
 
     matcher: Any
+    alpha: float
+    gamma: float
     logits_key = "logits"
     labels_key = "class_labels"
 
@@ -119,7 +143,7 @@ class UnionCriterion(nn.Module):
         self.latest: tuple[Any, Any] = (None, None)
         self.taken: dict[int, tuple[FlatPairs, float | Tensor]] = {}
         if config.union:
-            united = zip(matches, sets, strict=False)  # those apart are the last
+            united = zip(self.used(matches), sets, strict=False)  # those apart are the last
             union = union_matching([self.distinct(pairs, targets) for pairs, (_, targets) in united])
             boxes = [outputs["pred_boxes"] for outputs, _ in sets]
             flat = flatten_pairs(union, [target["boxes"] for target in sets[0][1]], device)
@@ -139,6 +163,10 @@ class UnionCriterion(nn.Module):
         labels, truths = ([target[key] for target in targets] for key in (self.labels_key, "boxes"))
         return SetToMatch(outputs[self.logits_key], outputs["pred_boxes"], labels, truths)
 
+    def used(self, matches: list[Pairs]) -> list[Pairs]:
+        """What the host takes the sets' losses over, where that is not each set's own match."""
+        return matches
+
     def distinct(self, pairs: Pairs, targets: list[dict[str, Tensor]]) -> Pairs:
         """The pairs with one index for each truth, where a host repeats its truths."""
         return pairs
@@ -156,6 +184,24 @@ class UnionCriterion(nn.Module):
                 (self.terms[id(boxes)],) = box_losses([boxes], flat, num_boxes)
             return self.terms[id(boxes)]
         return super().get_loss(loss, outputs, targets, indices, num_boxes, **kwargs)  # type: ignore[misc]
+
+    def varifocal_loss(
+        self, outputs: dict[str, Tensor], targets: list[dict[str, Tensor]], indices: Pairs, num_boxes: float | Tensor
+    ) -> Tensor:
+        """RT-DETR's varifocal loss, with the IoU of aligned pairs instead of the diagonal of all against all.
+
+        Cross entropy with a score s is ``softplus(logit) - s logit``, and s is zero but for the pairs: no scores of all
+        queries and classes are made, and kept for the backward pass.
+        """
+        logits, boxes = outputs[self.logits_key], outputs["pred_boxes"]
+        flat = flatten_pairs(indices, [target["boxes"] for target in targets], logits.device)
+        classes = torch.cat([target[self.labels_key] for target in targets])[flat.truths]
+        iou = aligned_iou(boxes[flat.images, flat.queries].detach(), flat.boxes)
+        positive = flat.images, flat.queries, classes
+        weight = self.alpha * at_least_float32(logits.detach()).sigmoid().pow(self.gamma)
+        weight.index_put_(positive, iou.to(weight.dtype))
+        loss = (weight * F.softplus(at_least_float32(logits))).sum() - (iou.square() * logits[positive]).sum()
+        return loss / num_boxes
 
     def distribution_losses(
         self,

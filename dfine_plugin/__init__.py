@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .registry import register_adapter, supported_hosts
     from .uncertainty import ConformalScale, edge_deviations
     from .weighting import weighting_function
-    from .wrapping import deploy, is_wrapped, unwrap_decoder, wrap_decoder
+    from .wrapping import deploy, is_wrapped, unwrap_decoder, wrap_criterion, wrap_decoder
 
 __version__ = "0.2.0.dev0"
 
@@ -61,6 +61,7 @@ __all__ = [
     "union_matching",
     "unwrap_decoder",
     "weighting_function",
+    "wrap_criterion",
     "wrap_decoder",
 ]
 

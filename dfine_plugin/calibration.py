@@ -90,8 +90,8 @@ def calibrate(
         How well the boxes agree with the host's, before and after.
 
     Raises:
-        WrapStateError: the model is not wrapped, has been deployed or loaded from a wrapped checkpoint, or its host
-            does not refine boxes layer by layer.
+        WrapStateError: the model is not wrapped, has been deployed or loaded from a checkpoint without its host's box
+            heads, such as a wrapped one, or its host does not refine boxes layer by layer.
         ValueError: there are no images.
         TypeError: a batch is something else, such as a dict with the images in it.
 
@@ -145,8 +145,8 @@ def _fdr_head(model: nn.Module) -> FDRHead:
         )
     if binding.retired.outdated:
         raise WrapStateError(
-            f"this {type(model).__name__} has been loaded from a wrapped checkpoint, which holds none of the box heads "
-            "to learn from; calibrate comes right after wrap_decoder"
+            f"this {type(model).__name__} has been loaded from a checkpoint that holds none of the box heads to learn "
+            "from, as a wrapped one; calibrate comes right after wrap_decoder"
         )
     fdr = model.get_submodule(f"{binding.adapter.decoder}.fdr")
     assert isinstance(fdr, FDRHead)

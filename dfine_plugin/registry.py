@@ -54,6 +54,15 @@ class Adapter(Protocol):
         them, to class logits ``(B, Q, classes)`` and boxes ``(B, Q, 4)`` cxcywh in image sides."""
 
 
+@runtime_checkable
+class AdapterWithCriterion(Protocol):
+    """What an adapter has besides, where the host's criterion is no part of the model."""
+
+    def attach_criterion(self, model: nn.Module, retired: Any, criterion: nn.Module) -> None:
+        """Let the criterion train the model, in place, and note it in what :meth:`Adapter.attach` has returned, for
+        :meth:`Adapter.detach` to undo. Raise :class:`UnsupportedModelError` on one that cannot, and change nothing."""
+
+
 _BUILT_IN = {
     "transformers.models.rt_detr.modeling_rt_detr.RTDetrForObjectDetection": "transformers.rt_detr",
     "transformers.models.rt_detr_v2.modeling_rt_detr_v2.RTDetrV2ForObjectDetection": "transformers.rt_detr",
@@ -79,14 +88,19 @@ _BUILT_IN = {
     "projects.dino.modeling.dino.DINO": "detrex.dino",
     "projects.dab_detr.modeling.dab_detr.DABDETR": "detrex.dab_detr",
     "projects.dn_detr.modeling.dn_detr.DNDETR": "detrex.dn_detr",
+    "src.zoo.rtdetr.rtdetr.RTDETR": "rtdetr.adapter",
 }
 """Host class to the module of ``dfine_plugin.adapters`` that registers its adapter."""
+
+_LIBRARIES = {"projects": "detrex", "src": "RT-DETR's own repository"}
+"""What checkouts call their hosts' packages, to whose they are."""
 
 _FDR_ALREADY = "is an FDR model already: its boxes are refined distributions"
 
 _REFUSED = {
     "transformers.models.d_fine.modeling_d_fine.DFineForObjectDetection": _FDR_ALREADY,
     "transformers.models.deimv2.modeling_deimv2.Deimv2ForObjectDetection": _FDR_ALREADY,
+    "src.zoo.dfine.dfine.DFINE": _FDR_ALREADY,
     "transformers.models.omdet_turbo.modeling_omdet_turbo.OmDetTurboForObjectDetection": (
         "cannot be trained: transformers has no loss for it, and so there is none for FDR to join"
     ),
@@ -149,9 +163,8 @@ def _short_names() -> str:
     """The host classes that are supported, by library, those of this package first."""
     by_library: dict[str, list[str]] = {}
     for name in dict.fromkeys([*_BUILT_IN, *supported_hosts()]):
-        library = name.partition(".")[0]
-        # detrex's checkout calls its hosts' package so
-        by_library.setdefault("detrex" if library == "projects" else library, []).append(name.rpartition(".")[2])
+        package = name.partition(".")[0]
+        by_library.setdefault(_LIBRARIES.get(package, package), []).append(name.rpartition(".")[2])
     return "; ".join(f"{', '.join(names)} ({library})" for library, names in by_library.items())
 
 

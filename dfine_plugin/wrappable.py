@@ -18,12 +18,11 @@ _AROUND = {
 """Classes of what is put around a model, and how."""
 
 
-def check_wrappable(model: Any, config: Any) -> None:
-    """Refuse what is no model, what has been put around or into one, and settings that are none.
+def check_model(model: Any) -> None:
+    """Refuse what is no model, and what has been put around one.
 
     Raises:
         UnsupportedModelError: says what to wrap, and when.
-        TypeError: the config is no FDRConfig.
     """
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"wrap_decoder takes a model, got {_describe(model)}")
@@ -32,6 +31,16 @@ def check_wrappable(model: Any, config: Any) -> None:
             raise UnsupportedModelError(
                 f"this model is a {type(model).__name__}: wrap before {made_by}, model = wrap_decoder(model) first"
             )
+
+
+def check_wrappable(model: Any, config: Any) -> None:
+    """Refuse what is no model, what has been put around or into one, and settings that are none.
+
+    Raises:
+        UnsupportedModelError: says what to wrap, and when.
+        TypeError: the config is no FDRConfig.
+    """
+    check_model(model)
     if model._compiled_call_impl is not None:
         raise UnsupportedModelError(f"this {type(model).__name__} is compiled: wrap before model.compile()")
     if any(type(module).__module__.startswith("peft.tuners.") for module in model.modules()):

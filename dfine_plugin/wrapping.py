@@ -11,12 +11,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
 from .config import FDRConfig
-from .errors import WrapStateError
+from .errors import UnsupportedModelError, WrapStateError
 from .record import FDRRecord, close_scope, current_record, open_scope
-from .registry import Adapter, find_adapter
-from .wrappable import check_wrappable
+from .registry import Adapter, AdapterWithCriterion, find_adapter
+from .wrappable import check_model, check_wrappable
 
 Model = TypeVar("Model", bound=nn.Module)
+Criterion = TypeVar("Criterion", bound=nn.Module)
 
 _BINDING = "_fdr_binding"
 
@@ -95,6 +96,43 @@ def wrap_decoder(model: Model, config: FDRConfig | None = None) -> Model:
     )
     model.__dict__[_BINDING] = Binding(adapter, config, retired, hooks, frozen)
     return model
+
+
+def wrap_criterion(criterion: Criterion, model: nn.Module) -> Criterion:
+    """Let a criterion train a wrapped model, in place, for hosts whose criterion is no part of the model.
+
+    That is RT-DETR of its authors' own repository. The criterion takes the settings from the model's outputs, and gives
+    what it has always given, with the terms that :func:`wrap_decoder` tells of. Outputs of a model in evaluation, and
+    those of one that is not wrapped, have the host's own losses. :func:`unwrap_decoder` gives the criterion back, too.
+
+    Args:
+        criterion: of the host.
+        model: wrapped; in training it refuses to run before a criterion of its has been wrapped.
+
+    Returns:
+        The same criterion.
+
+    Raises:
+        UnsupportedModelError: the model's host holds its criterion, or the criterion is of another class or configured
+            in a way that cannot be wrapped; the model is none, or within another. Both are untouched.
+        WrapStateError: the model is not wrapped, or deployed; or the criterion is wrapped already. Both are untouched.
+
+    Example:
+        >>> model = wrap_decoder(model)
+        >>> criterion = wrap_criterion(criterion, model)
+        >>> losses = criterion(model(samples, targets), targets)
+    """
+    name = type(model).__name__
+    binding = binding_of(model) if isinstance(model, nn.Module) else None
+    if binding is None:
+        check_model(model)
+        raise WrapStateError(f"this {name} is not wrapped: model = wrap_decoder(model) first")
+    if not isinstance(binding.adapter, AdapterWithCriterion):
+        raise UnsupportedModelError(f"this {name} holds its criterion, which wrap_decoder(model) has wrapped with it")
+    if binding.deployed:
+        raise WrapStateError("a deployed model is for inference only: it has no use for a criterion")
+    binding.adapter.attach_criterion(model, binding.retired, criterion)
+    return criterion
 
 
 def unwrap_decoder(model: Model) -> Model:

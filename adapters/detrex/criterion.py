@@ -10,20 +10,9 @@ from torch import Tensor, nn
 from dfine_plugin.assignment import MatchingCost
 from dfine_plugin.config import FDRConfig
 from dfine_plugin.errors import WrapStateError
-from dfine_plugin.record import FDRRecord, closes_on_interrupt, current_record
+from dfine_plugin.record import closes_on_interrupt, current_record, current_scope
 
 from .. import host_parts, union_criterion
-
-
-def prediction_set(outputs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Logits and boxes of a host's outputs, without what hangs on them."""
-    return {key: outputs[key] for key in ("pred_logits", "pred_boxes")}
-
-
-def initial_set(record: FDRRecord) -> dict[str, Tensor]:
-    """The initial boxes with layer 1's class logits before LQE, as a prediction set."""
-    assert record.initial_logits is not None
-    return {"pred_logits": record.initial_logits, "pred_boxes": record.initial_boxes}
 
 
 class GOLSDCriterion(union_criterion.UnionCriterion):
@@ -75,18 +64,18 @@ class GOLSDCriterion(union_criterion.UnionCriterion):
         queries = self.matched_queries(outputs, known)
         record = current_record().queries(queries)
         auxiliary = outputs.get("aux_outputs", [])
-        layers = [*auxiliary, prediction_set(outputs)]
-        initial = initial_set(record)
+        layers = [*auxiliary, union_criterion.prediction_set(outputs)]
+        initial = union_criterion.initial_set(record)
         united = [(layers[-1], targets), *((layer, targets) for layer in auxiliary), (initial, targets)]
         apart: list[union_criterion.WithTargets] = []
         named = {**union_criterion.layer_names(layers, record), "the initial boxes": initial}
         if "enc_outputs" in outputs:
-            named["the encoder"] = encoder = prediction_set(outputs["enc_outputs"])
+            named["the encoder"] = encoder = union_criterion.prediction_set(outputs["enc_outputs"])
             (united if self.encoder_is_decoded else apart).append((encoder, self.encoder_targets(targets)))
         if known is not None:
             own = current_record().queries(slice(0, queries.start))
-            known_layers = [*known.get("aux_outputs", []), prediction_set(known)]
-            known_initial = initial_set(own)
+            known_layers = [*known.get("aux_outputs", []), union_criterion.prediction_set(known)]
+            known_initial = union_criterion.initial_set(own)
             named |= union_criterion.layer_names(known_layers, record, of="the denoising queries in ")
             named["the denoising queries' initial boxes"] = known_initial
         self.match(united, self.fdr_config, union_criterion.check_of_losses_inputs(current_record(), named), apart)
@@ -113,7 +102,7 @@ class GOLSDCriterion(union_criterion.UnionCriterion):
                 terms = self.distribution_losses(own, known_layers, self.fdr_config, over_processes=False)
             losses.update(union_criterion.named_terms(terms, names))
         union_criterion.check_losses(losses)
-        union_criterion.take_in_idle(losses)
+        union_criterion.take_in_idle(losses, current_scope().idle)
         return losses
 
     def encoder_targets(self, targets: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:

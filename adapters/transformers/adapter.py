@@ -138,16 +138,6 @@ class TransformersDetector(nn.Module):
         return outputs.logits, outputs.pred_boxes
 
 
-def retire(model: Host, names: Iterable[str], retired: Retired) -> None:
-    """Take the named elements of ModuleLists out, an Identity in their place so that the others keep their names."""
-    # all of them first: some hosts give one list two names
-    originals = {name: model.get_submodule(name) for name in names}
-    for name in originals:
-        retired.replace(model, name, nn.Identity())
-    retired.modules.update(originals)
-    retired.attributes.update(originals)
-
-
 def check_box_heads_are_shared(model: Host) -> None:
     """Raise :class:`UnsupportedModelError` for a model whose decoder has other box heads than the model itself."""
     if model.model.decoder.bbox_embed[0].layers[0].weight is not model.bbox_embed[0].layers[0].weight:

@@ -8,14 +8,12 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.loss.loss_rt_detr import RTDetrHungarianMatcher, RTDetrLoss
 from transformers.models.rt_detr import modeling_rt_detr
 from transformers.models.rt_detr_v2 import modeling_rt_detr_v2
 
 from dfine_plugin.assignment import MatchingCost
-from dfine_plugin.boxes import aligned_iou, at_least_float32
 from dfine_plugin.config import FDRConfig
 from dfine_plugin.criterion import distribution_losses, flatten_pairs, mean_over_processes
 from dfine_plugin.head import FDRHead, locate_initial_boxes
@@ -114,20 +112,7 @@ class UnionRTDetrLoss(union_criterion.UnionCriterion, RTDetrLoss):
         return MatchingCost(matcher.class_cost, matcher.bbox_cost, matcher.giou_cost, matcher.alpha, matcher.gamma)
 
     def loss_labels_vfl(self, outputs, targets, indices, num_boxes, log=True):
-        """The host's varifocal loss, with the IoU of aligned pairs instead of the diagonal of all against all.
-
-        Cross entropy with a score s is ``softplus(logit) - s logit``, and s is zero but for the pairs: no scores of all
-        queries and classes are made, and kept for the backward pass.
-        """
-        logits, boxes = outputs["logits"], outputs["pred_boxes"]
-        flat = flatten_pairs(indices, [target["boxes"] for target in targets], logits.device)
-        classes = torch.cat([target["class_labels"] for target in targets])[flat.truths]
-        iou = aligned_iou(boxes[flat.images, flat.queries].detach(), flat.boxes)
-        positive = flat.images, flat.queries, classes
-        weight = self.alpha * at_least_float32(logits.detach()).sigmoid().pow(self.gamma)
-        weight.index_put_(positive, iou.to(weight.dtype))
-        loss = (weight * F.softplus(at_least_float32(logits))).sum() - (iou.square() * logits[positive]).sum()
-        return {"loss_vfl": loss / num_boxes}
+        return {"loss_vfl": self.varifocal_loss(outputs, targets, indices, num_boxes)}
 
 
 class RTDetrGOLSDLoss:
@@ -193,22 +178,18 @@ class RTDetrGOLSDLoss:
         supervised = layers if config.auxiliary_loss else layers[-1:]
         terms = criterion.distribution_losses(matched.last(len(supervised)), supervised, self.config)
         suffixes = [*(f"_aux_{i}" for i in range(len(supervised) - 1)), ""]
-        losses.update(self._weighted(terms, suffixes))
+        losses.update(union_criterion.weighted_terms(terms, suffixes, self.config))
         known = criterion.get_cdn_matched_indices(denoising_meta_values, labels) if denoising_meta_values else []
         # outside of the branch: a process without a truth has no denoising queries, yet the others wait for its count
         num_known = mean_over_processes(sum(len(queries) for queries, _ in known), outputs_class.device)
         if noisy:
             flat = flatten_pairs(known, [target["boxes"] for target in labels], outputs_class.device)
             terms = distribution_losses(own, noisy[-2]["logits"], [flat] * num_layers, num_known, self.config)
-            losses.update(self._weighted(terms, [f"_dn_{i}" for i in range(num_layers)]))
+            suffixes = [f"_dn_{i}" for i in range(num_layers)]
+            losses.update(union_criterion.weighted_terms(terms, suffixes, self.config))
         union_criterion.check_losses(losses)
-        union_criterion.take_in_idle(losses)
+        union_criterion.take_in_idle(losses, current_scope().idle)
         return torch.stack([*losses.values()]).sum(), losses, auxiliary or None
-
-    def _weighted(self, terms: union_criterion.Terms, suffixes: list[str]) -> dict[str, Tensor]:
-        fgl, ddf = terms
-        weighted = [self.config.fgl_weight * term for term in fgl], [self.config.ddf_weight * term for term in ddf]
-        return union_criterion.named_terms(weighted, suffixes)
 
 
 def _prediction_sets(logits: Tensor, boxes: Tensor) -> list[dict[str, Tensor]]:
@@ -237,7 +218,7 @@ class RTDetrAdapter(hf.TransformersAdapter):
         lists = ["model.decoder.bbox_embed"]
         if hasattr(model, "bbox_embed"):  # RT-DETRv2 declares every head a second time
             lists.append("bbox_embed")
-        hf.retire(model, [f"{name}.{i}" for name in lists for i in later], retired)
+        host_parts.retire(model, [f"{name}.{i}" for name in lists for i in later], retired)
 
     def begin(self, model: host_parts.Host, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         labels = super().begin(model, args, kwargs)

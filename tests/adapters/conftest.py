@@ -1,4 +1,5 @@
-"""Every test that asks for ``host`` runs over all hosts; for ``transformers_host`` or ``detrex_host``, over theirs."""
+"""Every test that asks for ``host`` runs over all hosts; for ``transformers_host``, ``detrex_host`` or ``rtdetr_host``,
+over theirs."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -6,15 +7,16 @@ from typing import Any
 
 import pytest
 
-from . import detrex_hosts, transformers_hosts
+from . import detrex_hosts, rtdetr_hosts, transformers_hosts
 from .hosts import Host
 
 _MISSING = detrex_hosts.missing()
 
 
-def _params(detrex: Sequence[Host] = (), transformers: Sequence[Host] = ()) -> list[Any]:
+def _params(detrex: Sequence[Host] = (), transformers: Sequence[Host] = (), rtdetr: Sequence[Host] = ()) -> list[Any]:
     marks = [pytest.mark.detrex, _skip_if(_MISSING)]
     rows = [pytest.param(row, marks=_skip_if(row.missing)) for row in transformers]
+    rows += [pytest.param(row, marks=[pytest.mark.rtdetr, _skip_if(row.missing)]) for row in rtdetr]
     return [*rows, *(pytest.param(row, marks=marks) for row in detrex)]
 
 
@@ -22,7 +24,7 @@ def _skip_if(missing: str | None) -> pytest.MarkDecorator:
     return pytest.mark.skipif(missing is not None, reason=str(missing))
 
 
-@pytest.fixture(params=_params(detrex_hosts.HOSTS, transformers_hosts.HOSTS), ids=str)
+@pytest.fixture(params=_params(detrex_hosts.HOSTS, transformers_hosts.HOSTS, rtdetr_hosts.HOSTS), ids=str)
 def host(request: pytest.FixtureRequest) -> Iterator[Host]:
     with _on_the_tests_device(request):
         yield request.param
@@ -37,6 +39,11 @@ def transformers_host(request: pytest.FixtureRequest) -> Host:
 def detrex_host(request: pytest.FixtureRequest) -> Iterator[Host]:
     with _on_the_tests_device(request):
         yield request.param
+
+
+@pytest.fixture(params=_params(rtdetr=rtdetr_hosts.HOSTS), ids=str)
+def rtdetr_host(request: pytest.FixtureRequest) -> Host:
+    return request.param
 
 
 def _on_the_tests_device(request: pytest.FixtureRequest) -> AbstractContextManager[None]:

@@ -47,6 +47,9 @@ class DetrexHost(Host):
 
     decoder = "transformer.decoder"
 
+    def matcher(self, model: nn.Module) -> nn.Module:
+        return model.criterion.matcher
+
     def losses(self, model: nn.Module, images: Tensor, labels: list[dict[str, Tensor]]) -> tuple[Tensor, dict]:
         losses = model(batched_inputs(images, labels))
         return sum(losses.values()), losses  # as detrex's trainer adds them up

@@ -42,11 +42,21 @@ class Host(ABC):
 
     decoder: ClassVar[str]
     """The dotted name of the decoder, and of the FDR head with ``.fdr`` behind it."""
+    retired_heads: ClassVar[str] = "bbox_embed"
+    """What the host calls the list of its box heads."""
 
     @property
     def encoder(self) -> str:
         """The dotted name of what runs before the decoder."""
         return self.decoder.replace("decoder", "encoder")
+
+    def class_heads(self, model: nn.Module) -> nn.Module:
+        """The list of class heads, or the one of all layers."""
+        return model.class_embed
+
+    def matcher(self, model: nn.Module) -> nn.Module | None:
+        """The matcher, None where each loss makes its own."""
+        return None
 
     @abstractmethod
     def losses(self, model: nn.Module, images: Tensor, labels: list[dict[str, Tensor]]) -> tuple[Tensor, dict]:
@@ -81,9 +91,7 @@ class Host(ABC):
 
     def class_head(self, model: nn.Module, layer: int) -> nn.Module:
         """The class head of a decoder layer, from 0: its own, or the one of all."""
-        owners = (model, model.get_submodule(self.decoder))
-        names = ("class_embed", "class_labels_classifier")
-        heads = next(getattr(owner, name) for owner in owners for name in names if hasattr(owner, name))
+        heads = self.class_heads(model)
         return heads[layer] if isinstance(heads, nn.ModuleList) else heads
 
     def fdr(self, model: nn.Module) -> nn.Module:
@@ -102,7 +110,7 @@ def build(host: Host, seed: int = 0) -> nn.Module:
             if isinstance(module, nn.BatchNorm2d):
                 module.weight.uniform_(0.5, 1.5)
         for name, parameter in model.named_parameters():
-            if "bbox" in name or "class_embed" in name:
+            if any(part in name for part in ("bbox", "class_embed", "score_head")):
                 parameter.add_(torch.randn_like(parameter) * 0.05)
     return model.eval()
 

@@ -126,7 +126,7 @@ def test_it_refuses_what_it_cannot_calibrate(host: Host) -> None:
     with pytest.raises(ValueError, match="calibrate needs images"):
         calibrate(model, [])
     model.load_state_dict(wrap(host, build(host, seed=5)).state_dict())
-    with pytest.raises(WrapStateError, match="loaded from a wrapped checkpoint"):
+    with pytest.raises(WrapStateError, match="loaded from a checkpoint that holds none of the box heads"):
         calibrate(model, BATCHES)
     with pytest.raises(WrapStateError, match="is deployed; calibrate takes a model right after wrap_decoder"):
         calibrate(deploy(model.eval()), BATCHES)

@@ -204,6 +204,11 @@ class TransformersHost(Host):
     def encoder(self) -> str:
         return "model.backbone" if self.fixed_references else super().encoder
 
+    def class_heads(self, model: nn.Module) -> nn.Module:
+        if self.name == "conditional-detr":
+            return model.class_labels_classifier
+        return model.model.decoder.class_embed if self.name.startswith("rt-detr") else model.class_embed
+
     def inputs(self, images: Tensor) -> dict[str, Tensor]:
         """The arguments of a forward for ``(B, 3, H, W)`` images, but for the labels."""
         return {"pixel_values": images}

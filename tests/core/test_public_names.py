@@ -15,6 +15,7 @@ import dfine_plugin
 NAMES = [
     "FDRConfig",
     "wrap_decoder",
+    "wrap_criterion",
     "unwrap_decoder",
     "deploy",
     "FDRHead",
@@ -33,6 +34,7 @@ NAMES = [
 ]
 PARAMETERS = {
     "wrap_decoder": ["model", "config"],
+    "wrap_criterion": ["criterion", "model"],
     "deploy": ["model", "num_layers"],
     "calibrate": ["model", "images", "steps", "batch_size", "learning_rate", "progress"],
     "weighting_function": ["num_bins", "a", "c"],

@@ -29,7 +29,9 @@ from dfine_plugin.benchmarks.data.shapes import make_shapes
 from dfine_plugin.benchmarks.trained_hosts import TRAINED, load_trained
 from dfine_plugin.tools.commands import app as dfine_plugin_app
 
+from ..adapters import rtdetr_hosts
 from ..adapters.detrex_hosts import missing
+from ..adapters.hosts import images, labels
 from ..coco_folder import SIDE, write_coco
 
 ROOT = Path(__file__).parents[2]
@@ -54,12 +56,16 @@ LEFT_OUT = {
     "python -O tools/train_net.py": "wants detrex: tests/projects/test_train_net.py",
     "PYTHONPATH=. dfine-plugin export": "wants a run of detrex: tests/projects/test_checkpoints.py",
     "python -m dfine_plugin.projects.paper_rows": "wants detrex and COCO: tests/projects/test_paper_rows.py",
+    "python -m dfine_plugin.projects.rtdetr.train": "wants RT-DETR's repository: tests/projects/test_rtdetr_train.py",
     "python -m dfine_plugin.benchmarks": "minutes to hours: tests/benchmarks run each command, small",
     "python examples/uncertainty.py": "wants the models of a benchmark: tests/examples/test_uncertainty.py",
     "dfine-plugin build-engine": "a T4's engine of half a minute: tests/export/test_engine.py",
     "dfine-plugin export --model wrapped --image-size 640 --precision fp16": "tests/commands/test_export.py",
 }
 """How commands begin that are not run here, and why; they are checked by their options."""
+
+OTHERS_OPTIONS = {"dfine_plugin.projects.rtdetr.train"}
+"""Modules whose options are another repository's."""
 
 SMALL = {"640": str(SIDE), "300": "20", "BCCD": "my-data"}
 """Words of commands that give way to others: the small host has neither time for 640 pixels nor 300 detections."""
@@ -96,6 +102,10 @@ def is_detrex(code: str) -> bool:
     return "detectron2" in code
 
 
+def is_rtdetr(code: str) -> bool:
+    return "wrap_criterion" in code
+
+
 def is_snippet(code: str) -> bool:
     """Whether the block is a part of an example, which has a test of its own."""
     return code.startswith("--8<--")
@@ -105,7 +115,7 @@ def own_blocks(page: str) -> list[tuple[str, str]]:
     """What of a page is run: blocks of Python, and commands that are not left out."""
     found = []
     for language, code in all_blocks(page):
-        if language == "python" and not is_detrex(code) and not is_snippet(code):
+        if language == "python" and not (is_detrex(code) or is_rtdetr(code) or is_snippet(code)):
             found.append((language, code))
         elif language == "bash":
             found += [("bash", shlex.join(words)) for words in split_commands(code) if left_out(words) is None]
@@ -237,6 +247,20 @@ def test_lazy_configs_are_as_they_are_written(page: str) -> None:
         assert found["model"]["_target_"] in (wrap_decoder, found.get("wrap_trained"))
 
 
+@pytest.mark.rtdetr
+@pytest.mark.skipif(rtdetr_hosts.missing() is not None, reason=rtdetr_hosts.missing() or "")
+def test_rt_detr_of_its_authors_trains_as_it_is_written() -> None:
+    (code,) = filter(is_rtdetr, blocks("docs/get-started.md", "python"))
+    found: dict[str, Any] = {
+        "model": rtdetr_hosts.build_model(1).train(),
+        "criterion": rtdetr_hosts.build_criterion(1),
+        "samples": images(),
+        "targets": rtdetr_hosts.targets_of(labels()),
+    }
+    exec(compile(code, "docs/get-started.md", "exec"), found)
+    assert {"loss_vfl", "loss_fgl", "loss_bbox_pre"} <= found["loss_dict"].keys()
+
+
 def find_command(words: list[str]) -> tuple[Any, list[str]] | None:
     """The command of this package among the words, and what it is given; of examples those that are not run."""
     while words and "=" in words[0]:  # an environment variable
@@ -247,7 +271,7 @@ def find_command(words: list[str]) -> tuple[Any, list[str]] | None:
         group, words = typer.main.get_command(dfine_plugin_app), words[1:]
     elif words[0] == "python" and words[1].startswith("examples/") and left_out(words):
         group, words = as_command(runpy.run_path(str(ROOT / words[1]))["main"]), words[2:]
-    elif words[:2] == ["python", "-m"] and words[2].startswith("dfine_plugin."):
+    elif words[:2] == ["python", "-m"] and words[2].startswith("dfine_plugin.") and words[2] not in OTHERS_OPTIONS:
         module, words = importlib.import_module(words[2]), words[3:]
         group = typer.main.get_command(module.app) if hasattr(module, "app") else as_command(module.main)
     else:
