@@ -26,6 +26,8 @@ from .decoder import DECODERS, TRANSFORMERS
 
 DECODER = "decoder.decoder"
 
+_check_targets = torch.compiler.disable(check_targets)  # it looks at values
+
 
 @dataclass
 class Retired(host_parts.Retired):
@@ -107,7 +109,7 @@ class RTDETRAdapter:
         targets = given.get("targets")
         if targets is None:
             return
-        check_targets(targets, model.decoder.num_classes, "labels", "boxes", images=given["x"])
+        _check_targets(targets, model.decoder.num_classes, "labels", "boxes", images=given["x"])
         if model.decoder.num_denoising > 0 and not any(len(target["labels"]) for target in targets):
             # version 1 makes no denoising queries then
             current_scope().idle.append(model.decoder.denoising_class_embed.weight)

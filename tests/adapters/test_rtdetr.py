@@ -254,6 +254,18 @@ def test_bf16_autocast_trains_with_boxes_in_float32(host: RTDETRHost) -> None:
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
+def test_a_compiled_model_trains_with_the_same_losses(host: RTDETRHost) -> None:
+    model = wrapped(host).train()
+    criterion, targets = host.criterion(model), targets_of(labels())
+    found = []
+    for trained in (torch.compile(copy.deepcopy(model), backend="eager"), model):
+        torch.manual_seed(5)
+        found.append(criterion(trained(images(), targets), targets))
+    assert found[0].keys() == found[1].keys()
+    for name, term in found[0].items():
+        torch.testing.assert_close(term, found[1][name], msg=name)
+
+
 def test_the_default_recipe_trains(host: RTDETRHost) -> None:
     model = wrap_decoder(build(host), FDRConfig())
     assert train_step(host, model, rate=1e-2) > train_step(host, model, rate=1e-2)
