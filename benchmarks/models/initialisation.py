@@ -123,7 +123,7 @@ def _initialise_deformable_detr(model: Any) -> None:
     _set_class_bias(*model.class_embed)
 
 
-def _initialise_dense(model: Any, classifier: nn.Linear) -> None:
+def _initialise_dense(model: Any, classifier: Any) -> None:
     for part in (model.model.encoder, model.model.decoder):
         drawn = [a for a in part.modules() if hasattr(a, "q_proj")]  # by _initialise_attention
         kept = {id(p) for attention in drawn for p in (attention.q_proj, attention.k_proj, attention.v_proj)}
