@@ -86,7 +86,6 @@ def markdown(results: Sequence[Result], failures: Sequence[str] = ()) -> str:
     lines += ["", f"### Gain by metric after {steps[-1]} steps", "", *table_header(["row", *METRICS])]
     lines += [table_row([v, *(str(gain(results, v, metric) or "-") for metric in METRICS)]) for v in wrapped]
     lines += gains_by_class(results)
-    lines += gains_by_class(results)
     lines += every_seed(results, failures)
     return "\n".join([*lines, "", *closing_lines(results), ""])
 

@@ -194,6 +194,10 @@ def test_the_report_says_what_is_kept_the_worst_lag_and_the_gain() -> None:
     table = retrofit.markdown(results)
     assert "| baseline | 50.00 | 52.00 | 53.00 |" in table
     assert "| calibrated | 49.70 | 51.60 | 54.00 |" in table
+    assert "AP by class" not in table  # of the one that there is
+    for one in results:
+        one["final"]["by_class"] = {"red": one["final"]["AP"], "rare": 1.0}
+    assert retrofit.markdown(results).count("| calibrated, gain | +1.00 ± 0.00 | +0.00 ± 0.00 |") == 1
 
 
 @pytest.mark.slow

@@ -221,7 +221,7 @@ def test_commands_that_are_left_out_are_on_a_page() -> None:
 def test_trained_models(names: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """What the page says comes out of it does."""
     monkeypatch.setattr(dfine_plugin, "calibrate", dfine_plugin.calibrate.func)  # the whole calibration
-    train, average, *_ = blocks("docs/trained-models.md", "python")
+    train, new_classes, average, *_ = blocks("docs/trained-models.md", "python")
     exec(smaller(train), names)
     assert is_wrapped(names["model"])
     trained = load_pretrained("wrapped")
@@ -230,6 +230,8 @@ def test_trained_models(names: dict[str, Any], monkeypatch: pytest.MonkeyPatch) 
     fdr = [model.get_submodule("model.decoder.fdr.refine.2.4").weight for model in (trained, averaged)]
     assert fdr[0].abs().max() > 0.05  # calibrated
     assert not fdr[0].equal(fdr[1])
+    exec(new_classes, names)
+    assert names["model"].get_submodule("model.decoder.fdr").config.distribution_losses_train == "head"
 
 
 @pytest.mark.detrex
