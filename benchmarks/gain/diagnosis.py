@@ -166,7 +166,8 @@ def _losses_of_transformers(detector: Any) -> Iterator[list[list[Tensor]]]:
         classes, coordinates = layers[:2] if layers else (more["outputs_class"], more["outputs_coord"])
         # the layers are the second axis in RT-DETR, the first one elsewhere
         axis = 1 if classes[:, -1].shape == logits.shape and torch.equal(classes[:, -1], logits) else 0
-        found.extend([list(classes.unbind(axis)), list(coordinates.unbind(axis))])
+        # the last layer as the host reports it: Conditional-DETR norms its states once more
+        found.extend([[*classes.unbind(axis)[:-1], logits], [*coordinates.unbind(axis)[:-1], boxes]])
         return logits.sum(), {}, None
 
     own = detector.__dict__.get("_loss_function")

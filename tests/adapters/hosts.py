@@ -110,7 +110,7 @@ def build(host: Host, seed: int = 0) -> nn.Module:
             if isinstance(module, nn.BatchNorm2d):
                 module.weight.uniform_(0.5, 1.5)
         for name, parameter in model.named_parameters():
-            if any(part in name for part in ("bbox", "class_embed", "score_head")):
+            if any(part in name for part in ("bbox", "class_embed", "dec_score_head")):
                 parameter.add_(torch.randn_like(parameter) * 0.05)
     return model.eval()
 
