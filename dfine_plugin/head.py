@@ -153,7 +153,8 @@ class FDRHead(nn.Module):
             return None
         peaks = probabilities.topk(QUALITY_TOP_K, dim=-1).values
         shape = torch.cat([peaks, peaks.mean(-1, keepdim=True)], dim=-1).flatten(-2)
-        return mlp(shape.to(next(mlp.parameters(), shape).dtype))
+        dtypes = [parameter.dtype for parameter in mlp.parameters()]  # none where it is quantized
+        return mlp(shape.to(dtypes[0]) if dtypes else shape)
 
     def keep_layers(self, num_layers: int) -> None:
         """Drop all layers but the first ``num_layers``, whose boxes stay as they are."""

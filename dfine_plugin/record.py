@@ -174,7 +174,7 @@ def in_scope() -> bool:
     """Whether a wrapped model's forward is running on this thread."""
     if _scopes.stack and not torch.compiler.is_compiling():
         _drop_abandoned(_depth(sys._getframe(1)))
-    return bool(_scopes.stack)
+    return len(_scopes.stack) > 0  # bool of a list is beyond torch 2.6 in a graph
 
 
 def current_scope() -> Scope:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import GroundingDinoConfig, GroundingDinoForObjectDetection
@@ -21,7 +21,9 @@ from dfine_plugin.validation import FiniteCheck
 from dfine_plugin.wrapping import predict_distributions
 
 from .hosts import build, images, labels, wrapped
-from .transformers_hosts import HOSTS, TEXT, TextHost, _grounding_dino
+from .transformers_hosts import HOSTS, NO_TEXT_HOSTS, TEXT, TextHost, _grounding_dino
+
+pytestmark = pytest.mark.skipif(NO_TEXT_HOSTS is not None, reason=str(NO_TEXT_HOSTS))
 
 TEXTS = torch.tensor(
     [
@@ -36,6 +38,7 @@ def host(request: pytest.FixtureRequest) -> TextHost:
     return request.param
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from([0, 20, 30, *SPECIAL_TOKENS]), min_size=1, max_size=12))
 def test_phrases_are_counted_as_the_host_maps_them(tokens: list[int]) -> None:
     text = torch.tensor([tokens])
@@ -142,3 +145,9 @@ def test_box_heads_that_model_and_decoder_do_not_share_are_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="different box heads on model and decoder"):
         wrap_decoder(model)
     assert list(model.state_dict()) == before
+
+
+def test_an_older_release_is_refused(host: TextHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dfine_plugin.adapters.transformers.grounding_dino.version", lambda _: "5.22.1")
+    with pytest.raises(UnsupportedModelError, match=r"is of transformers 5.22.1: pip install 'transformers>=5.23.0'"):
+        wrap_decoder(build(host))

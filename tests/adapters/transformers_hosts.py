@@ -1,7 +1,10 @@
 """The rows of transformers: real classes, small."""
 
+from importlib.metadata import version
+
 import torch
 import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -28,6 +31,7 @@ from transformers import (
     RTDetrV2ForObjectDetection,
 )
 
+from dfine_plugin.adapters.transformers.grounding_dino import LEAST_RELEASE
 from dfine_plugin.adapters.transformers.prompt import fix_prompt
 
 from .hosts import IMAGE_SIZE, NUM_CLASSES, NUM_LAYERS, Host, labels
@@ -231,6 +235,13 @@ class TransformersHost(Host):
         model.config.auxiliary_loss = False
 
 
+NO_TEXT_HOSTS = (
+    f"wrapped text hosts want transformers {LEAST_RELEASE}"
+    if Version(version("transformers")) < Version(LEAST_RELEASE)
+    else None
+)
+
+
 class TextHost(TransformersHost):
     """A model that takes a text, too, and whose logits are of the text's tokens."""
 
@@ -278,6 +289,7 @@ HOSTS = [
         "grounding-dino",
         lambda: _grounding_dino(GroundingDinoConfig, GroundingDinoForObjectDetection),
         weighted_loss_dict=False,
+        missing=NO_TEXT_HOSTS,
     ),
     TextHost(
         "mm-grounding-dino",
@@ -288,5 +300,6 @@ HOSTS = [
             decoder_cls_embed_share=False,
         ),
         weighted_loss_dict=False,
+        missing=NO_TEXT_HOSTS,
     ),
 ]
