@@ -7,7 +7,7 @@ that the host adds. The decoder's answer is detached, as refined references are,
 reference with a gradient, whose gradient it cancels; so nothing leaks where a host looks forward twice.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +61,17 @@ class Progress:
         # the host's arithmetic, step by step: bit for bit the logits that it will add next
         self.reference_logits = self.inverse_sigmoid((delta + self.reference_logits).detach().sigmoid())
         return delta
+
+
+def refine_afterwards(fdr: FDRHead, initial_boxes: Tensor, hidden_states: Sequence[Tensor]) -> FDRRecord:
+    """The record of all layers, from ``(B, Q, C)`` of each, where none attends by what another has refined."""
+    state = fdr.start(initial_boxes)
+    record = FDRRecord(fdr.weights, initial_boxes)
+    for layer, of_layer in enumerate(hidden_states):
+        state = fdr(layer, of_layer, state)
+        assert state.probabilities is not None
+        record.add(state, fdr.quality_logits(layer, state.probabilities))
+    return record
 
 
 class RefiningBoxHead(nn.Module):

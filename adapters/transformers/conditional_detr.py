@@ -19,11 +19,11 @@ from transformers.models.conditional_detr import modeling_conditional_detr as ho
 from dfine_plugin.boxes import at_least_float32
 from dfine_plugin.config import FDRConfig
 from dfine_plugin.errors import UnsupportedModelError
-from dfine_plugin.record import FDRRecord, current_record, current_scope
+from dfine_plugin.record import current_record, current_scope
 from dfine_plugin.registry import register_adapter
 
 from .. import host_parts, recomputed_boxes
-from ..refining_heads import RefiningDecoder
+from ..refining_heads import RefiningDecoder, refine_afterwards
 from . import adapter as hf
 from .deformable_detr import DeformableDetrGOLSDLoss
 
@@ -64,10 +64,10 @@ class RecordedBoxHead(host.ConditionalDetrMLPPredictionHead):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, Q, 4)``: of the last layer when asked first, then layer by layer."""
-        record, progress = current_record(), current_scope().progress
-        layer = progress.asked - 1
+        progress = current_scope().progress
+        boxes = current_record().boxes[progress.asked - 1]
         progress.asked += 1
-        return recomputed_boxes.logit(record.boxes[layer]) - record.reference_logits[layer]
+        return recomputed_boxes.logit(boxes) - progress.reference_logits
 
 
 class FDRConditionalDetrDecoder(RefiningDecoder, host.ConditionalDetrDecoder):
@@ -91,12 +91,7 @@ class FDRConditionalDetrDecoder(RefiningDecoder, host.ConditionalDetrDecoder):
         progress.first_hidden_states = hidden[0]
         locate = getattr(progress.box_head, "locate", progress.box_head)
         initial_boxes = (at_least_float32(locate(hidden[0])) + progress.reference_logits).sigmoid()
-        state = self.fdr.start(initial_boxes)
-        record = scope.record = FDRRecord(self.fdr.weights, initial_boxes)
-        for index, hidden_states in enumerate(hidden):
-            state = self.fdr(index, hidden_states, state)
-            record.add(state, self.fdr.quality_logits(index, state.probabilities))
-            record.reference_logits.append(progress.reference_logits)
+        record = scope.record = refine_afterwards(self.fdr, initial_boxes, hidden)
         if self.deployed:
             last = recomputed_boxes.last_level(record, hidden[-1][None], progress.reference_logits)
             outputs.last_hidden_state, outputs.intermediate_hidden_states = last[0], last

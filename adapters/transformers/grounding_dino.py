@@ -222,13 +222,12 @@ def count_phrases(input_ids: Tensor) -> Tensor:
     return (is_delimiter[:, :-1] & ~is_delimiter[:, 1:]).sum(1)
 
 
-def check_release(model: nn.Module) -> None:
-    """Raise :class:`UnsupportedModelError` before :data:`LEAST_RELEASE`."""
+def release_too_old() -> str | None:
+    """What to install, if transformers is older than :data:`LEAST_RELEASE`."""
     found = version("transformers")
-    if Version(found) < Version(LEAST_RELEASE):
-        raise UnsupportedModelError(
-            f"this {type(model).__name__} is of transformers {found}: pip install 'transformers>={LEAST_RELEASE}'"
-        )
+    if Version(found) >= Version(LEAST_RELEASE):
+        return None
+    return f"is of transformers {found}: pip install 'transformers>={LEAST_RELEASE}'"
 
 
 @register_adapter("transformers.models.grounding_dino.modeling_grounding_dino.GroundingDinoForObjectDetection")
@@ -244,7 +243,8 @@ class GroundingDinoAdapter(hf.TransformersAdapter):
 
     def check(self, model: host_parts.Host, config: FDRConfig) -> None:
         super().check(model, config)
-        check_release(model)
+        if too_old := release_too_old():
+            raise UnsupportedModelError(f"this {type(model).__name__} {too_old}")
         hf.check_box_heads_are_shared(model)
 
     def make_loss(self, config: FDRConfig) -> GroundingDinoGOLSDLoss:

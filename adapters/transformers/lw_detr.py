@@ -21,11 +21,12 @@ from dfine_plugin.config import FDRConfig
 from dfine_plugin.errors import UnsupportedModelError
 from dfine_plugin.head import FDRHead
 from dfine_plugin.matching import Pairs
-from dfine_plugin.record import FDRRecord, closes_on_interrupt, current_record, current_scope, in_scope, leave_record
+from dfine_plugin.record import closes_on_interrupt, current_record, current_scope, in_scope, leave_record
 from dfine_plugin.registry import register_adapter
 from dfine_plugin.validation import FiniteCheck
 
 from .. import host_parts, recomputed_boxes, union_criterion
+from ..refining_heads import refine_afterwards
 from . import adapter as hf
 
 LEAST_SIDE = 1e-6
@@ -96,14 +97,10 @@ class RefiningAfterwards:
             progress.references, progress.first_hidden_states = references, hidden[0]
             locate = progress.box_head.locate
         initial_boxes = modeling_lw_detr.refine_bboxes(references, at_least_float32(locate(hidden[0])))
-        state = self.fdr.start(initial_boxes)
-        record = FDRRecord(self.fdr.weights, initial_boxes)
-        for index, hidden_states in enumerate(hidden):
-            state = self.fdr(index, hidden_states, state)
-            record.add(state, self.fdr.quality_logits(index, state.probabilities))
+        record = refine_afterwards(self.fdr, initial_boxes, hidden)
         leave_record(record)
         if self.deployed:
-            delta = deltas(state.boxes, references)
+            delta = deltas(record.boxes[-1], references)
             last = recomputed_boxes.with_channels(hidden[-1], delta, record.quality_logits)
             outputs.last_hidden_state, outputs.intermediate_hidden_states = last, last[None]
         return outputs

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -19,6 +20,21 @@ def default_settings() -> dict[str, Any]:
     """What :class:`FDRConfig` chooses by default, where it departs from the paper."""
     default, paper = FDRConfig().to_dict(), FDRConfig.paper().to_dict()
     return {name: value for name, value in default.items() if value != paper[name]}
+
+
+every_kind_of_loss = pytest.mark.parametrize(
+    ("settings", "counts"),
+    [
+        pytest.param({}, (2, 3), id="paper"),
+        pytest.param({"union": False, "ddf": False, "lqe": False}, (2, 3), id="fdr"),
+        pytest.param(
+            {"weighting": "uniform", "num_bins": 16, "a": 0.25, "temperature": 2.0}, (2, 0), id="other-bins-empty-image"
+        ),
+        pytest.param(default_settings(), (2, 3), id="default"),
+        pytest.param({"distribution_losses_train": "head"}, (2, 3), id="head-alone"),
+    ],
+)
+"""Settings, over the paper's, and numbers of truths that the losses of every host are compared with a slow loop at."""
 
 
 @dataclass(frozen=True)

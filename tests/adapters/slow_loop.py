@@ -91,12 +91,9 @@ class SlowFDR:
             self.out.initial_boxes = self.locate(delta(hidden), reference, eps)
             self.out.initial_logits = logits
         cx, cy, w, h = self.out.initial_boxes.detach().unbind(-1)
-        shape = (*hidden.shape[:2], 4, len(self.w_of_n))
-        residual = self.fdr.refine[index](hidden + self.previous)
-        self.z = self.z + self.config.residual_scale * residual.reshape(shape)
-        supervised = hidden.detach() if self.config.distribution_losses_train == "head" else hidden
-        residual = self.fdr.refine[index](supervised + self.previous)
-        self.supervised = self.supervised + self.config.residual_scale * residual.reshape(shape)
+        alone = self.config.distribution_losses_train == "head"
+        self.z = self.add_residual(self.z, index, hidden)
+        self.supervised = self.add_residual(self.supervised, index, hidden.detach()) if alone else self.z
         self.previous = hidden.detach()
         probability = torch.softmax(self.z, -1)
         offsets = sum(self.w_of_n[n] * probability[..., n] for n in range(len(self.w_of_n)))
@@ -114,6 +111,10 @@ class SlowFDR:
         self.out.logits.append(logits)
         self.out.corner_logits.append(self.supervised)
         return box
+
+    def add_residual(self, z: Tensor | float, index: int, hidden: Tensor) -> Tensor:
+        residual = self.fdr.refine[index](hidden + self.previous)
+        return z + self.config.residual_scale * residual.reshape(*hidden.shape[:2], 4, len(self.w_of_n))
 
 
 class SlowScaledFDR(SlowFDR):

@@ -16,7 +16,7 @@ from dfine_plugin import FDRConfig, wrap_decoder
 from . import rtdetr_hosts
 from . import slow_loop as slow
 from .gradients import assert_same_gradients
-from .hosts import NUM_LAYERS, build, default_settings, images, labels, randomise_fdr
+from .hosts import NUM_LAYERS, build, every_kind_of_loss, images, labels, randomise_fdr
 from .rtdetr_hosts import WEIGHTS, RTDETRHost
 
 COSTS = {"class": 2.0, "bbox": 5.0, "giou": 2.0}
@@ -139,16 +139,7 @@ def check_losses(host: RTDETRHost, config: FDRConfig, truths: list[dict[str, Ten
     assert_same_gradients(model, torch.stack([*step.losses.values()]).sum(), total, 1e-6)
 
 
-@pytest.mark.parametrize(
-    ("settings", "counts"),
-    [
-        ({}, (2, 3)),
-        ({"union": False, "ddf": False, "lqe": False}, (2, 3)),
-        ({"weighting": "uniform", "num_bins": 16, "a": 0.25, "temperature": 2.0}, (2, 0)),
-        (default_settings(), (2, 3)),
-    ],
-    ids=["paper", "fdr", "other-bins-empty-image", "default"],
-)
+@every_kind_of_loss
 def test_every_loss_term_and_its_gradient(
     rtdetr_host: RTDETRHost, settings: dict[str, Any], counts: tuple[int, ...]
 ) -> None:

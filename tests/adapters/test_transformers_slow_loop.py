@@ -13,7 +13,7 @@ from dfine_plugin import FDRConfig, wrap_decoder
 
 from . import slow_loop as slow
 from .gradients import assert_same_gradients
-from .hosts import Host, build, default_settings, images, labels, randomise_fdr
+from .hosts import Host, build, every_kind_of_loss, images, labels, randomise_fdr
 from .transformers_hosts import HOSTS, PHRASES, TEXT_LENGTH, TextHost, TransformersHost
 
 
@@ -317,17 +317,7 @@ def slow_losses(
     return losses
 
 
-@pytest.mark.parametrize(
-    ("settings", "counts"),
-    [
-        ({}, (2, 3)),
-        ({"union": False, "ddf": False, "lqe": False}, (2, 3)),
-        ({"weighting": "uniform", "num_bins": 16, "a": 0.25, "temperature": 2.0}, (2, 0)),
-        (default_settings(), (2, 3)),
-        ({"distribution_losses_train": "head"}, (2, 3)),
-    ],
-    ids=["paper", "fdr", "other-bins-empty-image", "default", "head-alone"],
-)
+@every_kind_of_loss
 def test_every_loss_term_and_its_gradient(host: Host, settings: dict[str, Any], counts: tuple[int, ...]) -> None:
     config = host.config(**settings)
     model = wrap_decoder(build(host), config).train()

@@ -1,10 +1,7 @@
 """The rows of transformers: real classes, small."""
 
-from importlib.metadata import version
-
 import torch
 import transformers
-from packaging.version import Version
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -31,7 +28,7 @@ from transformers import (
     RTDetrV2ForObjectDetection,
 )
 
-from dfine_plugin.adapters.transformers.grounding_dino import LEAST_RELEASE
+from dfine_plugin.adapters.transformers.grounding_dino import release_too_old
 from dfine_plugin.adapters.transformers.prompt import fix_prompt
 
 from .hosts import IMAGE_SIZE, NUM_CLASSES, NUM_LAYERS, Host, labels
@@ -93,10 +90,13 @@ def _deformable_detr(two_stage: bool, with_box_refine: bool) -> PreTrainedModel:
     return model
 
 
-def _dab_detr() -> PreTrainedModel:
-    config = DabDetrConfig(
+def _dense_attention(
+    config_class: type[PreTrainedConfig], model_class: type[PreTrainedModel], width: str
+) -> PreTrainedModel:
+    """A host that attends to all of one level, whose config has this name for its width."""
+    config = config_class(
         backbone_config=ResNetConfig(**{**_BACKBONE, "out_features": ["stage4"]}),
-        hidden_size=32,
+        **{width: 32},
         encoder_layers=1,
         **_DECODER,
         num_labels=NUM_CLASSES,
@@ -104,24 +104,8 @@ def _dab_detr() -> PreTrainedModel:
         dropout=0.0,
         init_std=0.2,  # with less, queries that all begin as zeros stay alike
     )
-    model = DabDetrForObjectDetection(config)
-    model.requires_grad_(True)  # the host freezes a backbone of its own making for good
-    return model
-
-
-def _conditional_detr() -> PreTrainedModel:
-    config = ConditionalDetrConfig(
-        backbone_config=ResNetConfig(**{**_BACKBONE, "out_features": ["stage4"]}),
-        d_model=32,
-        encoder_layers=1,
-        **_DECODER,
-        num_labels=NUM_CLASSES,
-        auxiliary_loss=True,
-        dropout=0.0,
-        init_std=0.2,  # with less, queries that all begin as zeros stay alike
-    )
-    model = ConditionalDetrForObjectDetection(config)
-    model.requires_grad_(True)  # the host freezes a backbone of its own making in part
+    model = model_class(config)
+    model.requires_grad_(True)  # the host freezes a backbone of its own making, in part or for good
     return model
 
 
@@ -235,11 +219,7 @@ class TransformersHost(Host):
         model.config.auxiliary_loss = False
 
 
-NO_TEXT_HOSTS = (
-    f"wrapped text hosts want transformers {LEAST_RELEASE}"
-    if Version(version("transformers")) < Version(LEAST_RELEASE)
-    else None
-)
+NO_TEXT_HOSTS = release_too_old()
 
 
 class TextHost(TransformersHost):
@@ -269,13 +249,18 @@ HOSTS = [
     ),
     TransformersHost(
         "conditional-detr",
-        _conditional_detr,
+        lambda: _dense_attention(ConditionalDetrConfig, ConditionalDetrForObjectDetection, "d_model"),
         weighted_loss_dict=False,
         checkpointing=True,
         one_box_head=True,
         fixed_references=True,
     ),
-    TransformersHost("dab-detr", _dab_detr, weighted_loss_dict=False, one_box_head=True),
+    TransformersHost(
+        "dab-detr",
+        lambda: _dense_attention(DabDetrConfig, DabDetrForObjectDetection, "hidden_size"),
+        weighted_loss_dict=False,
+        one_box_head=True,
+    ),
     TransformersHost("lw-detr", _lw_detr, weighted_loss_dict=False, one_box_head=True, fixed_references=True),
     TransformersHost(
         "rf-detr",
