@@ -76,6 +76,8 @@ def test_hosts_of_real_size_build_wrapped_and_bare(name: str, side: int, tmp_pat
     built = {}
     for kind in ("host", "wrapped"):
         model = HOSTS[name]().eval()
+        if name == "deformable-detr-r50":
+            del model.model.encoder.layers[1:]  # six would take a minute each, and none of them differs
         if kind == "wrapped":
             wrap_decoder(model)
         path = export_onnx(model, tmp_path / f"{kind}.onnx", (side, side), precision="fp16")
