@@ -1,7 +1,7 @@
 """What the adapters for transformers share: heads, ties and state dicts."""
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dfine_plugin.config import FDRConfig
 from dfine_plugin.errors import UnsupportedModelError, WrapStateError
 from dfine_plugin.head import FDRHead
+from dfine_plugin.record import closes_on_interrupt
 from dfine_plugin.validation import check_targets
 from dfine_plugin.wrapping import binding_of
 
@@ -28,22 +29,36 @@ class Retired(host_parts.Retired):
     ties: tuple[dict[str, str] | None, dict[str, str]] = (None, {})
 
 
+class GOLSDLoss:
+    """Base of what stands in for a host's loss function on a wrapped model: same arguments, same results."""
+
+    def __init__(self, config: FDRConfig) -> None:
+        self.config = config
+
+    @torch.compiler.disable  # matching is the CPU's, and pairs are of as many truths as there are
+    @closes_on_interrupt
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor], list[dict[str, Any]] | None]:
+        return self.total(*args, **kwargs)
+
+    def total(self, *args: Any, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor], list[dict[str, Any]] | None]:
+        """The loss, its terms, and the auxiliary prediction sets if the host's config has them: as the host's loss
+        function, whose signature a subclass takes."""
+        raise NotImplementedError
+
+
 class TransformersAdapter:
     """Base of the adapters for transformers: everything but the host's own decoder and loss.
 
-    A subclass says which decoder class takes over (:attr:`decoder_classes`), makes the loss (:meth:`make_loss`) and may
+    A subclass says which decoder class (:attr:`decoder_classes`) and which loss (:attr:`loss_class`) take over, and may
     change more of the model in :meth:`attach_heads`.
     """
 
     decoder = "model.decoder"
     decoder_classes: ClassVar[dict[type[nn.Module], type[nn.Module]]]
     """From each host decoder class to its subclass that refines distributions."""
+    loss_class: ClassVar[type[GOLSDLoss]]
     hidden_dim: ClassVar[str] = "d_model"
     """The config's name for C, the width of the decoder's hidden states."""
-
-    def make_loss(self, config: FDRConfig) -> Callable[..., Any]:
-        """A plain callable with the signature of the host's loss function."""
-        raise NotImplementedError
 
     def attach_heads(self, model: Host, config: FDRConfig, retired: Retired) -> None:
         """Retire the host's box heads after the first one, and note in ``retired`` what was changed."""
@@ -79,7 +94,7 @@ class TransformersAdapter:
         decoder.fdr.train(decoder.training)
         retie(model)
         saving.note_settings(model, config)
-        model.loss_function = self.make_loss(config)
+        model.loss_function = self.loss_class(config)
         retired.load_hook = model.register_load_state_dict_pre_hook(_prepare_loading)
         return retired
 

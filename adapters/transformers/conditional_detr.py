@@ -112,6 +112,7 @@ class ConditionalDetrAdapter(hf.TransformersAdapter):
     decoder_classes: ClassVar[dict[type[nn.Module], type[nn.Module]]] = {
         host.ConditionalDetrDecoder: FDRConditionalDetrDecoder
     }
+    loss_class = DeformableDetrGOLSDLoss
 
     def check(self, model: host_parts.Host, config: FDRConfig) -> None:
         super().check(model, config)
@@ -123,9 +124,6 @@ class ConditionalDetrAdapter(hf.TransformersAdapter):
                 f"this {name} leaves out whole decoder layers in training "
                 f"(decoder_layerdrop={model.config.decoder_layerdrop}), and each layer refines the last one's boxes"
             )
-
-    def make_loss(self, config: FDRConfig) -> DeformableDetrGOLSDLoss:
-        return DeformableDetrGOLSDLoss(config)
 
     def attach_heads(self, model: host_parts.Host, config: FDRConfig, retired: hf.Retired) -> None:
         retired.box_heads = [model.bbox_predictor] * (len(model.model.decoder.layers) - 1)

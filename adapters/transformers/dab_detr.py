@@ -51,6 +51,7 @@ class DabDetrAdapter(hf.TransformersAdapter):
     """DAB-DETR. Its box head stays, to locate the initial boxes: nothing retires."""
 
     decoder_classes: ClassVar[dict[type[nn.Module], type[nn.Module]]] = {host.DabDetrDecoder: FDRDabDetrDecoder}
+    loss_class = DeformableDetrGOLSDLoss
     hidden_dim = "hidden_size"
 
     def check(self, model: host_parts.Host, config: FDRConfig) -> None:
@@ -63,9 +64,6 @@ class DabDetrAdapter(hf.TransformersAdapter):
             raise UnsupportedModelError(
                 f"this {name} has different box heads on model and decoder (tie_word_embeddings=False)"
             )
-
-    def make_loss(self, config: FDRConfig) -> DeformableDetrGOLSDLoss:
-        return DeformableDetrGOLSDLoss(config)
 
     def attach_heads(self, model: host_parts.Host, config: FDRConfig, retired: hf.Retired) -> None:
         recomputed_boxes.replace_shared_heads(

@@ -16,7 +16,7 @@ from dfine_plugin.config import FDRConfig
 from dfine_plugin.criterion import mean_over_processes
 from dfine_plugin.errors import UnsupportedModelError
 from dfine_plugin.head import FDRHead, locate_initial_boxes
-from dfine_plugin.record import FDRRecord, closes_on_interrupt, current_record, leave_record
+from dfine_plugin.record import FDRRecord, current_record, leave_record
 from dfine_plugin.registry import register_adapter
 
 from .. import host_parts, recomputed_boxes, union_criterion
@@ -108,19 +108,14 @@ class UnionDeformableDetrLoss(union_criterion.UnionCriterion, DeformableDetrImag
         return MatchingCost(matcher.class_cost, matcher.bbox_cost, matcher.giou_cost)
 
 
-class DeformableDetrGOLSDLoss:
+class DeformableDetrGOLSDLoss(hf.GOLSDLoss):
     """Stands in for ``DeformableDetrForObjectDetectionLoss`` on a wrapped model; same arguments, same results.
 
     The host's loss dict is unweighted, and so are the terms that join it: ``loss_fgl*``, ``loss_ddf*`` and the initial
     boxes' (``*_pre``). The total takes each with its weight.
     """
 
-    def __init__(self, config: FDRConfig) -> None:
-        self.config = config
-
-    @torch.compiler.disable  # matching is the CPU's, and pairs are of as many truths as there are
-    @closes_on_interrupt
-    def __call__(
+    def total(
         self,
         logits: Tensor,
         labels: list[dict[str, Tensor]],
@@ -180,6 +175,7 @@ class DeformableDetrAdapter(hf.TransformersAdapter):
     decoder_classes: ClassVar[dict[type[nn.Module], type[nn.Module]]] = {
         host.DeformableDetrDecoder: FDRDeformableDetrDecoder
     }
+    loss_class = DeformableDetrGOLSDLoss
 
     def check(self, model: host_parts.Host, config: FDRConfig) -> None:
         super().check(model, config)
@@ -190,9 +186,6 @@ class DeformableDetrAdapter(hf.TransformersAdapter):
             )
         if model.model.decoder.bbox_embed is not None:
             hf.check_box_heads_are_shared(model)
-
-    def make_loss(self, config: FDRConfig) -> DeformableDetrGOLSDLoss:
-        return DeformableDetrGOLSDLoss(config)
 
     def attach_heads(self, model: host_parts.Host, config: FDRConfig, retired: hf.Retired) -> None:
         decoder = model.model.decoder

@@ -25,7 +25,7 @@ from transformers.models.grounding_dino import modeling_grounding_dino as host
 from dfine_plugin.assignment import MatchingCost
 from dfine_plugin.config import FDRConfig
 from dfine_plugin.errors import UnsupportedModelError
-from dfine_plugin.record import FDRRecord, closes_on_interrupt, current_record
+from dfine_plugin.record import FDRRecord, current_record
 from dfine_plugin.registry import register_adapter
 
 from .. import host_parts, recomputed_boxes, refining_heads, union_criterion
@@ -138,19 +138,14 @@ class UnionGroundingDinoLoss(union_criterion.UnionCriterion, GroundingDinoImageL
         return {"loss_ce": loss}
 
 
-class GroundingDinoGOLSDLoss:
+class GroundingDinoGOLSDLoss(hf.GOLSDLoss):
     """Stands in for ``GroundingDinoForObjectDetectionLoss`` on a wrapped model; same arguments, same results.
 
     The host's loss dict is unweighted, and so are the terms that join it: ``loss_fgl*``, ``loss_ddf*`` and the initial
     boxes' (``*_pre``). The total takes each with its weight.
     """
 
-    def __init__(self, config: FDRConfig) -> None:
-        self.config = config
-
-    @torch.compiler.disable  # matching is the CPU's, and pairs are of as many truths as there are
-    @closes_on_interrupt
-    def __call__(
+    def total(
         self,
         logits: Tensor,
         labels: list[dict[str, Tensor]],
@@ -237,6 +232,7 @@ class GroundingDinoAdapter(hf.TransformersAdapter):
     decoder_classes: ClassVar[dict[type[nn.Module], type[nn.Module]]] = {
         host.GroundingDinoDecoder: FDRGroundingDinoDecoder
     }
+    loss_class = GroundingDinoGOLSDLoss
     initial_box_head: ClassVar[type[refining_heads.InitialBoxHead]] = InitialGroundingDinoBoxHead
     recorded_class_head: ClassVar[type[recomputed_boxes.RecordedLogits]] = RecordedGroundingDinoClassHead
     deployed_class_head: ClassVar[type[DeployedLogits]] = DeployedGroundingDinoClassHead
@@ -246,9 +242,6 @@ class GroundingDinoAdapter(hf.TransformersAdapter):
         if too_old := release_too_old():
             raise UnsupportedModelError(f"this {type(model).__name__} {too_old}")
         hf.check_box_heads_are_shared(model)
-
-    def make_loss(self, config: FDRConfig) -> GroundingDinoGOLSDLoss:
-        return GroundingDinoGOLSDLoss(config)
 
     def attach_heads(self, model: host_parts.Host, config: FDRConfig, retired: hf.Retired) -> None:
         decoder = model.model.decoder

@@ -21,7 +21,7 @@ from dfine_plugin.config import FDRConfig
 from dfine_plugin.errors import UnsupportedModelError
 from dfine_plugin.head import FDRHead
 from dfine_plugin.matching import Pairs
-from dfine_plugin.record import closes_on_interrupt, current_record, current_scope, in_scope, leave_record
+from dfine_plugin.record import current_record, current_scope, in_scope, leave_record
 from dfine_plugin.registry import register_adapter
 from dfine_plugin.validation import FiniteCheck
 
@@ -142,19 +142,14 @@ def _joined(groups: list[Pairs], starts: list[int]) -> Pairs:
     ]
 
 
-class LwDetrGOLSDLoss:
+class LwDetrGOLSDLoss(hf.GOLSDLoss):
     """Stands in for ``LwDetrForObjectDetectionLoss`` on a wrapped model; same arguments, same results.
 
     The host's loss dict is unweighted, and so are the terms that join it: ``loss_fgl*``, ``loss_ddf*`` and the initial
     boxes' (``*_pre``). The total takes each with its weight.
     """
 
-    def __init__(self, config: FDRConfig) -> None:
-        self.config = config
-
-    @torch.compiler.disable  # matching is the CPU's, and pairs are of as many truths as there are
-    @closes_on_interrupt
-    def __call__(
+    def total(
         self,
         logits: Tensor,
         labels: list[dict[str, Tensor]],
@@ -214,6 +209,7 @@ class LwDetrAdapter(hf.TransformersAdapter):
     decoder_classes: ClassVar[dict[type[nn.Module], type[nn.Module]]] = {
         modeling_lw_detr.LwDetrDecoder: FDRLwDetrDecoder
     }
+    loss_class = LwDetrGOLSDLoss
     box_head_classes: ClassVar[dict[type[nn.Module], type[Any]]] = {
         modeling_lw_detr.LwDetrMLPPredictionHead: RecordedLwDetrBoxHead
     }
@@ -224,9 +220,6 @@ class LwDetrAdapter(hf.TransformersAdapter):
         if type(model.bbox_embed) not in self.box_head_classes:
             name = type(model).__name__
             raise UnsupportedModelError(f"this {name} has a box head of another class: {type(model.bbox_embed)}")
-
-    def make_loss(self, config: FDRConfig) -> LwDetrGOLSDLoss:
-        return LwDetrGOLSDLoss(config)
 
     def attach_heads(self, model: host_parts.Host, config: FDRConfig, retired: hf.Retired) -> None:
         retired.box_heads = [model.bbox_embed] * (len(model.model.decoder.layers) - 1)

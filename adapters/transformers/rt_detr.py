@@ -17,7 +17,7 @@ from dfine_plugin.assignment import MatchingCost
 from dfine_plugin.config import FDRConfig
 from dfine_plugin.criterion import distribution_losses, flatten_pairs, mean_over_processes
 from dfine_plugin.head import FDRHead, locate_initial_boxes
-from dfine_plugin.record import FDRRecord, closes_on_interrupt, current_record, current_scope, leave_record
+from dfine_plugin.record import FDRRecord, current_record, current_scope, leave_record
 from dfine_plugin.registry import register_adapter
 
 from .. import host_parts, union_criterion
@@ -115,19 +115,14 @@ class UnionRTDetrLoss(union_criterion.UnionCriterion, RTDetrLoss):
         return {"loss_vfl": self.varifocal_loss(outputs, targets, indices, num_boxes)}
 
 
-class RTDetrGOLSDLoss:
+class RTDetrGOLSDLoss(hf.GOLSDLoss):
     """Stands in for ``RTDetrForObjectDetectionLoss`` on a wrapped model; takes the same arguments, gives the same.
 
     The initial boxes and, for the denoising queries, theirs are one more set each for the host's criterion. It runs
     with the union; FGL and DDF join its loss dict, weighted as all its terms are.
     """
 
-    def __init__(self, config: FDRConfig) -> None:
-        self.config = config
-
-    @torch.compiler.disable  # matching is the CPU's, and pairs are of as many truths as there are
-    @closes_on_interrupt
-    def __call__(
+    def total(
         self,
         logits: Tensor,
         labels: list[dict[str, Tensor]],
@@ -208,9 +203,7 @@ class RTDetrAdapter(hf.TransformersAdapter):
         modeling_rt_detr.RTDetrDecoder: FDRRTDetrDecoder,
         modeling_rt_detr_v2.RTDetrV2Decoder: FDRRTDetrV2Decoder,
     }
-
-    def make_loss(self, config: FDRConfig) -> RTDetrGOLSDLoss:
-        return RTDetrGOLSDLoss(config)
+    loss_class = RTDetrGOLSDLoss
 
     def attach_heads(self, model: host_parts.Host, config: FDRConfig, retired: hf.Retired) -> None:
         later = range(1, len(model.model.decoder.layers))
