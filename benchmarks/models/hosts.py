@@ -188,37 +188,54 @@ def conditional_detr(class_names: list[str], num_queries: int) -> nn.Module:
     return ConditionalDetrForObjectDetection(config)
 
 
+def _groups_of_queries(class_names: list[str], num_queries: int) -> dict[str, Any]:
+    """What the hosts with groups of queries and fixed references have in common."""
+    return {
+        "c2f_num_blocks": 1,
+        "d_model": 64,
+        "decoder_ffn_dim": 128,
+        "decoder_layers": 3,
+        "decoder_self_attention_heads": 4,
+        "decoder_cross_attention_heads": 4,
+        "num_queries": num_queries,
+        "group_detr": 3,
+        **_labels(class_names),
+    }
+
+
+_VIT: dict[str, Any] = {
+    "hidden_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "image_size": 96,
+    "patch_size": 16,
+    "out_indices": [2, 4],
+}
+
+
 @host("lw-detr", learning_rate=1e-3)
 def lw_detr(class_names: list[str], num_queries: int) -> nn.Module:
     """LW-DETR, 0.5 M parameters: a ViT of four layers, two levels, three groups of queries."""
     from transformers import LwDetrConfig, LwDetrForObjectDetection, LwDetrViTConfig
 
-    sizes: dict[str, Any] = {"out_indices": [2, 4]}  # transformers declares it under another name
-    backbone = LwDetrViTConfig(
-        hidden_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        image_size=96,
-        pretrain_image_size=96,
-        patch_size=16,
-        num_windows=4,
-        window_block_indices=[0, 2],
-        **sizes,
-    )
+    backbone = LwDetrViTConfig(pretrain_image_size=96, num_windows=4, window_block_indices=[0, 2], **_VIT)
     config = LwDetrConfig(
         backbone_config=backbone,
         projector_scale_factors=[2.0, 1.0],
-        c2f_num_blocks=1,
-        d_model=64,
-        decoder_ffn_dim=128,
-        decoder_layers=3,
-        decoder_self_attention_heads=4,
-        decoder_cross_attention_heads=4,
-        num_queries=num_queries,
-        group_detr=3,
-        **_labels(class_names),
+        **_groups_of_queries(class_names, num_queries),
     )
     return LwDetrForObjectDetection(config)
+
+
+@host("rf-detr", learning_rate=1e-3)
+def rf_detr(class_names: list[str], num_queries: int) -> nn.Module:
+    """RF-DETR, 0.5 M parameters: the same on a DINOv2 of four layers, and one level, of stride 8 for small images."""
+    from transformers import RfDetrConfig, RfDetrForObjectDetection
+    from transformers.models.rf_detr.configuration_rf_detr import RfDetrDinov2Config
+
+    backbone = RfDetrDinov2Config(**{**_VIT, "patch_size": 8}, num_windows=2, use_mask_token=False)
+    config = RfDetrConfig(backbone_config=backbone, **_groups_of_queries(class_names, num_queries))
+    return RfDetrForObjectDetection(config)
 
 
 def _detrex(name: str, class_names: list[str], num_queries: int) -> nn.Module:

@@ -16,6 +16,9 @@ from torch import nn
 PRIOR = 0.01
 """What a query's score for a class starts at, so that focal losses are not swamped by background."""
 
+GROUPED = ("lw_detr", "rf_detr")
+"""Hosts with groups of queries, by transformers' names."""
+
 
 def initialise_from_scratch(model: nn.Module) -> None:
     """Draw all weights of a transformers host anew, in place, from torch's global generator; nothing stays frozen.
@@ -30,21 +33,21 @@ def initialise_from_scratch(model: nn.Module) -> None:
       last layers of box heads, whose first one starts at sides of sigmoid(-2) where references have no sides.
     - DAB-DETR and Conditional-DETR (official `DABDETR`, `ConditionalDETR`): Xavier in all of encoder and decoder; zeros
       in the last layer of the box head.
-    - LW-DETR (official `LWDETR`): the ViT as transformers draws it; Xavier in all of the decoder and in the encoder's
-      output; zeros in references' offsets and in the last layers of box heads; the encoder's heads as copies of the
-      model's.
+    - LW-DETR and RF-DETR (official `LWDETR`): the ViT as transformers draws it; Xavier in all of the decoder and in the
+      encoder's output; zeros in references' offsets and in the last layers of box heads; the encoder's heads as copies
+      of the model's.
     - Class biases: the focal loss's prior.
 
     The backbones of Deformable-, DAB- and Conditional-DETR come frozen in part, BatchNorm included: they train.
     """
     _unfreeze(model)
     kind = getattr(getattr(model, "config", None), "model_type", "")
-    kept = [*_deformable_attentions(model), *(["model.backbone.backbone"] if kind == "lw_detr" else [])]
+    kept = [*_deformable_attentions(model), *(["model.backbone.backbone"] if kind in GROUPED else [])]
     drawn = {name: m for name, m in model.named_modules() if not any(name.startswith(f"{prefix}.") for prefix in kept)}
     for name, module in drawn.items():
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
-        if isinstance(module, nn.Conv2d) and "backbone" in name and kind != "lw_detr":
+        if isinstance(module, nn.Conv2d) and "backbone" in name and kind not in GROUPED:
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     for module in drawn.values():
         if hasattr(module, "q_proj"):
@@ -57,7 +60,7 @@ def initialise_from_scratch(model: nn.Module) -> None:
         _initialise_dense(model, model.class_embed)
     elif kind == "conditional_detr":
         _initialise_dense(model, model.class_labels_classifier)
-    elif kind == "lw_detr":
+    elif kind in GROUPED:
         _initialise_lw_detr(model)
     else:
         raise ValueError(f"no initialisation from scratch is known for {type(model).__name__}")

@@ -212,7 +212,7 @@ def test_hosts_have_as_many_queries_as_asked_for(host: str) -> None:
 def test_hosts_train_all_of_themselves_from_ordinary_weights(host: str) -> None:
     model = build_host(host, ["a", "b"])
     assert all(parameter.requires_grad for parameter in model.parameters())
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d | nn.LayerNorm)]
     assert norms
     assert all((norm.weight == 1).all() for norm in norms)
     boxes = torch.tensor([[0.5, 0.5, 0.2, 0.2]])

@@ -15,6 +15,7 @@ from dfine_plugin.benchmarks.models.hosts import build_host
 from dfine_plugin.benchmarks.models.initialisation import PRIOR, initialise_from_scratch
 
 RT_DETRS = ["rt-detr", "rt-detr-v2"]
+GROUPED = ["lw-detr", "rf-detr"]
 DEFORMABLE_DETRS = ["deformable-detr", "deformable-detr-two-stage"]
 
 
@@ -32,7 +33,7 @@ def xavier(weight: Tensor) -> float:
     return math.sqrt(2 / sum(weight.shape[:2]) / weight[0, 0].numel())
 
 
-@pytest.mark.parametrize("host", [*RT_DETRS, *DEFORMABLE_DETRS, "lw-detr"])
+@pytest.mark.parametrize("host", [*RT_DETRS, *DEFORMABLE_DETRS, *GROUPED])
 def test_self_attention_starts_as_torchs_own(host: str) -> None:
     attention = build(host).model.decoder.layers[1].self_attn
     reference = nn.MultiheadAttention(64, 4)
@@ -86,14 +87,17 @@ def test_deformable_detr_starts_as_the_authors(host: str) -> None:
     torch.testing.assert_close(model.class_embed[0].bias.sigmoid(), torch.full((2,), PRIOR))
 
 
-def test_lw_detr_starts_as_the_authors() -> None:
-    model = build("lw-detr")
+@pytest.mark.parametrize("host", GROUPED)
+def test_lw_detr_and_rf_detr_start_as_the_authors(host: str) -> None:
+    model = build(host)
     inner, layer = model.model, model.model.decoder.layers[0]
     for linear in (layer.mlp.fc1, layer.mlp.fc2, *inner.decoder.ref_point_head.layers, *inner.enc_output):
         assert spread(linear.weight) == pytest.approx(xavier(linear.weight), rel=0.06)
     assert not layer.cross_attn.sampling_offsets.weight.any()
     assert not inner.reference_point_embed.weight.any()
-    assert spread(inner.backbone.backbone.encoder.layer[0].intermediate.fc1.weight) == pytest.approx(0.02, rel=0.05)
+    for name, parameter in inner.backbone.backbone.named_parameters():
+        if name.endswith("fc1.weight"):
+            assert spread(parameter) == pytest.approx(0.02, rel=0.05)
     for head in (model.bbox_embed, *inner.enc_out_bbox_embed):
         assert not head.layers[-1].weight.any()
         assert not head.layers[-1].bias.any()
