@@ -3,12 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dfine_plugin.assignment import MatchingCost, SetToMatch, match_sets
-from dfine_plugin.boxes import aligned_iou, at_least_float32
 from dfine_plugin.config import FDRConfig
 from dfine_plugin.criterion import (
     FlatPairs,
@@ -21,6 +18,8 @@ from dfine_plugin.criterion import (
 from dfine_plugin.matching import GOLSDMatcher, Pairs, union_matching
 from dfine_plugin.record import FDRRecord
 from dfine_plugin.validation import FiniteCheck, check_finite
+
+from .class_losses import ClassLosses
 
 
 def prediction_set(outputs: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -98,7 +97,7 @@ def take_in_idle(losses: dict[str, Tensor], idle: Sequence[Tensor]) -> None:
         losses["loss_bbox"] = losses["loss_bbox"] + 0 * parameter.sum()
 
 
-class UnionCriterion(nn.Module):
+class UnionCriterion(ClassLosses, nn.Module):
     """Mixin before a host's criterion: box losses of the matched sets over the union, and the same criterion otherwise.
 
     Call :meth:`match` with all sets first, then the criterion itself, then :meth:`distribution_losses`. Sets that were
@@ -106,10 +105,6 @@ class UnionCriterion(nn.Module):
     """
 
     matcher: Any
-    alpha: float
-    gamma: float
-    logits_key = "logits"
-    labels_key = "class_labels"
 
     def matching_cost(self) -> MatchingCost | None:
         """What the host's matcher minimises, where it is one that is known; an unknown one is asked itself."""
@@ -138,6 +133,7 @@ class UnionCriterion(nn.Module):
             # hosts index with them: what lay on the CPU would be copied, and waited for, at every use
             for (outputs, _), pairs in zip(everything, copy_pairs(matches, device), strict=True):
                 self.matcher.remember(outputs["pred_boxes"], pairs)
+        self.choose_class_loss(config.class_loss)
         # for each boxes tensor its box losses, and the pairs and the normaliser that they were taken with
         self.terms: dict[int, dict[str, Tensor]] = {}
         self.latest: tuple[Any, Any] = (None, None)
@@ -183,25 +179,7 @@ class UnionCriterion(nn.Module):
                 self.taken[id(boxes)] = flat, num_boxes
                 (self.terms[id(boxes)],) = box_losses([boxes], flat, num_boxes)
             return self.terms[id(boxes)]
-        return super().get_loss(loss, outputs, targets, indices, num_boxes, **kwargs)  # type: ignore[misc]
-
-    def varifocal_loss(
-        self, outputs: dict[str, Tensor], targets: list[dict[str, Tensor]], indices: Pairs, num_boxes: float | Tensor
-    ) -> Tensor:
-        """RT-DETR's varifocal loss, with the IoU of aligned pairs instead of the diagonal of all against all.
-
-        Cross entropy with a score s is ``softplus(logit) - s logit``, and s is zero but for the pairs: no scores of all
-        queries and classes are made, and kept for the backward pass.
-        """
-        logits, boxes = outputs[self.logits_key], outputs["pred_boxes"]
-        flat = flatten_pairs(indices, [target["boxes"] for target in targets], logits.device)
-        classes = torch.cat([target[self.labels_key] for target in targets])[flat.truths]
-        iou = aligned_iou(boxes[flat.images, flat.queries].detach(), flat.boxes)
-        positive = flat.images, flat.queries, classes
-        weight = self.alpha * at_least_float32(logits.detach()).sigmoid().pow(self.gamma)
-        weight.index_put_(positive, iou.to(weight.dtype))
-        loss = (weight * F.softplus(at_least_float32(logits))).sum() - (iou.square() * logits[positive]).sum()
-        return loss / num_boxes
+        return super().get_loss(loss, outputs, targets, indices, num_boxes, **kwargs)
 
     def distribution_losses(
         self,

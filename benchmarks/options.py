@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from dfine_plugin.config import CLASS_LOSSES
 from dfine_plugin.tools.image_sizes import RT_DETR_STRIDES, check_image_size
 
 if TYPE_CHECKING:
@@ -48,6 +49,13 @@ def check_device_name(device: str | None) -> str | None:
     if device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise typer.BadParameter(f"{device!r} is neither cpu nor cuda")
     return device
+
+
+def check_class_loss(class_loss: str) -> str:
+    """For typer: whether FDRConfig knows this loss."""
+    if class_loss not in CLASS_LOSSES:
+        raise typer.BadParameter(f"{class_loss!r} is neither {' nor '.join(CLASS_LOSSES)}")
+    return class_loss
 
 
 def find_device(name: str) -> torch.device:

@@ -26,6 +26,7 @@ from rich.console import Console
 from dfine_plugin.benchmarks.gain.paired import PairedDifference, paired_difference
 from dfine_plugin.benchmarks.gain.report import (
     METRICS,
+    by_mal,
     every_seed,
     figures,
     gain,
@@ -36,9 +37,16 @@ from dfine_plugin.benchmarks.gain.report import (
 from dfine_plugin.benchmarks.gain.runs import RetrofitSettings
 from dfine_plugin.benchmarks.gain.scheduling import run_all
 from dfine_plugin.benchmarks.gain.variants import BASELINE, parse_variants
-from dfine_plugin.benchmarks.options import check_data, check_device_name, check_fair_baseline, check_host_takes
+from dfine_plugin.benchmarks.options import (
+    check_class_loss,
+    check_data,
+    check_device_name,
+    check_fair_baseline,
+    check_host_takes,
+)
 from dfine_plugin.benchmarks.reporting import Result, table_header, table_row, write_json, write_text
 from dfine_plugin.benchmarks.trained_hosts import IMAGE_SIZE, STEPS, facts, find_trained
+from dfine_plugin.config import CLASS_LOSSES
 
 DEFAULT_ROWS = f"{BASELINE} calibrated"
 
@@ -70,8 +78,8 @@ def markdown(results: Sequence[Result], failures: Sequence[str] = ()) -> str:
         f"## {Path(settings['trained']).name}, trained, on {Path(settings['data']).name}",
         "",
         f"{settings['steps']} steps of batch {settings['batch_size']}, {settings['image_size']} px, learning rate "
-        f"{settings['learning_rate']:g}, EMA weights, {len(seeds)} seeds. Gain: paired difference to the host trained "
-        "on for as many steps, with its 95 % Student-t interval.",
+        f"{settings['learning_rate']:g}, EMA weights{by_mal(settings)}, {len(seeds)} seeds. Gain: paired difference to "
+        "the host trained on for as many steps, with its 95 % Student-t interval.",
         "",
         "### AP after so many steps",
         "",
@@ -131,6 +139,9 @@ def main(
     lr: Annotated[float | None, typer.Option(min=1e-9, help="learning rate; the same default")] = None,
     train_images: Annotated[int, typer.Option(min=1, help="of the shapes")] = 2000,
     val_images: Annotated[int, typer.Option(min=1, help="of the shapes")] = 400,
+    class_loss: Annotated[
+        str, typer.Option(help=f"of baseline and wrapped alike: {' or '.join(CLASS_LOSSES)}", callback=check_class_loss)
+    ] = "host",
     device: Annotated[str, typer.Option(help="cpu or cuda", callback=check_device_name)] = "cpu",
     jobs: Annotated[int | None, typer.Option(help="processes at a time; default: the number of cores")] = None,
     output: Annotated[Path, typer.Option(file_okay=False, help="folder for runs, table, figures and plot")] = Path(
@@ -166,6 +177,7 @@ def main(
         steps=steps,
         batch_size=batch_size,
         learning_rate=lr,
+        class_loss=class_loss,
         train_images=train_images,
         val_images=val_images,
         device=device,

@@ -17,6 +17,9 @@ VERSION = 1
 WEIGHTINGS = ("nonuniform", "uniform")
 """The choices for W."""
 
+CLASS_LOSSES = ("host", "mal")
+"""The choices for the loss of classes."""
+
 PARTS = ("all", "head")
 """The choices for what is trained: the whole model, or its FDR head alone."""
 
@@ -43,6 +46,8 @@ class FDRConfig:
             1 is the paper's; schedules too short for the paper's head to leave the initial boxes need more.
         lqe: add a quality estimated from the shape of the distributions to the class logits, as the paper does. Off: no
             difference was measured that would pay for its parameters.
+        class_loss: ``"host"``, the host's own, or ``"mal"``: DEIM's matchability-aware loss
+            (:func:`~dfine_plugin.losses.matchability_aware_loss`) in its place, under its name and with its weight.
         distribution_losses_train: what the gradients of FGL and DDF reach: ``"all"``, the paper's, or ``"head"``: the
             FDR head alone, and the host learns from its own losses on the refined boxes. The head then runs twice in
             training.
@@ -66,17 +71,22 @@ class FDRConfig:
     ddf: bool = False
     residual_scale: float = 2.0
     lqe: bool = False
+    class_loss: str = "host"
     distribution_losses_train: str = "all"
     trainable: str = "all"
     box_refinement: bool = False
 
     def __post_init__(self) -> None:
         check_bins(self.num_bins, self.a, self.c)
-        if self.weighting not in WEIGHTINGS:
-            raise ValueError(f"weighting must be {' or '.join(map(repr, WEIGHTINGS))}, got {self.weighting!r}")
-        for name in ("distribution_losses_train", "trainable"):
-            if getattr(self, name) not in PARTS:
-                raise ValueError(f"{name} must be {' or '.join(map(repr, PARTS))}, got {getattr(self, name)!r}")
+        choices = {
+            "weighting": WEIGHTINGS,
+            "class_loss": CLASS_LOSSES,
+            "distribution_losses_train": PARTS,
+            "trainable": PARTS,
+        }
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be {' or '.join(map(repr, known))}, got {getattr(self, name)!r}")
         check_number("temperature", self.temperature, above=0)
         check_number("residual_scale", self.residual_scale, above=0)
         check_number("fgl_weight", self.fgl_weight, least=0)

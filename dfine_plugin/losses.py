@@ -1,10 +1,13 @@
-"""FGL and DDF: the two losses on the edges' distributions."""
+"""FGL and DDF, the two losses on the edges' distributions, and MAL for the classes beside them."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .boxes import at_least_float32, encode_boxes
+
+MAL_GAMMA = 1.5
+"""The exponent of the matchability-aware loss, as its authors have it."""
 
 TINY = 1e-6
 """Stands in for the root of a count of zero, whose part of the loss is zero, too."""
@@ -127,3 +130,33 @@ def query_counts(matched: Tensor) -> Tensor:
     """``(2,)``: how many queries of a mask are matched, and how many are not."""
     count = matched.sum()
     return torch.stack([count, matched.numel() - count])
+
+
+def matchability_aware_loss(
+    logits: Tensor,
+    matched: tuple[Tensor, Tensor, Tensor],
+    iou: Tensor,
+    num_boxes: float | Tensor,
+    gamma: float = MAL_GAMMA,
+) -> Tensor:
+    """Matchability-aware loss (MAL; DEIM, arXiv 2412.04234): confidence is to tell the IoU of the box with its truth.
+
+    Of all queries and classes, with ``p = sigmoid(logit)``, the sum of ``-p^gamma log(1 - p)``, but of matched ones
+    ``-(q log(p) + (1 - q) log(1 - p))`` with ``q = IoU^gamma``; over ``num_boxes``. No gradient flows through IoU or
+    the weight ``p^gamma``.
+
+    Args:
+        logits: ``(B, Q, classes)``.
+        matched: the images, queries and classes of the pairs, ``(M,)`` each.
+        iou: ``(M,)``, of the predicted boxes with their truths.
+        num_boxes: the normaliser.
+
+    Returns:
+        A scalar, float32 or float64.
+    """
+    logits = at_least_float32(logits)
+    weight = logits.detach().sigmoid().pow(gamma)
+    weight.index_put_(matched, weight.new_ones(()))
+    # cross entropy with a score s is softplus(logit) - s logit, and s is zero but for the pairs
+    wanted = iou.detach().to(logits.dtype).pow(gamma)
+    return ((weight * F.softplus(logits)).sum() - (wanted * logits[matched]).sum()) / num_boxes

@@ -49,6 +49,11 @@ class DetrexAdapter:
                 f"this {name} does not refine boxes (with_box_refine=False). FDR refines references from layer to "
                 "layer, which changes what its decoder attends to; FDRConfig(box_refinement=True) consents to that"
             )
+        if config.class_loss != "host" and model.criterion.loss_class_type != "focal_loss":
+            raise UnsupportedModelError(
+                f"this {name} has a class for the background ({model.criterion.loss_class_type}), and "
+                f"class_loss={config.class_loss!r} is for classes each with a sigmoid of its own"
+            )
         first = self.first_box_head(model)
         if type(first) is not MLP:
             raise UnsupportedModelError(f"this {name} has box heads of another class: {type(first)}")

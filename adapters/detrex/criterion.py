@@ -25,6 +25,7 @@ class GOLSDCriterion(union_criterion.UnionCriterion):
     fdr_config: FDRConfig
     logits_key = "pred_logits"
     labels_key = "labels"
+    class_losses: ClassVar = {"class": "loss_class"}
     denoises: ClassVar[bool] = False
     """Whether the host reports denoising losses, which are zero where there are no such queries."""
     encoder_is_decoded: ClassVar[bool] = False

@@ -41,6 +41,7 @@ class GOLSDCriterion(union_criterion.UnionCriterion):
 
     logits_key = "pred_logits"
     labels_key = "labels"
+    class_losses: ClassVar = {"vfl": "loss_vfl", "focal": "loss_focal"}
     host_class: ClassVar[type[nn.Module]]
     num_encoder_sets: int
 

@@ -241,6 +241,11 @@ class GroundingDinoAdapter(hf.TransformersAdapter):
         super().check(model, config)
         if too_old := release_too_old():
             raise UnsupportedModelError(f"this {type(model).__name__} {too_old}")
+        if config.class_loss != "host":
+            raise UnsupportedModelError(
+                f"this {type(model).__name__} classifies tokens of a text, and class_loss={config.class_loss!r} is for "
+                "logits of classes"
+            )
         hf.check_box_heads_are_shared(model)
 
     def attach_heads(self, model: host_parts.Host, config: FDRConfig, retired: hf.Retired) -> None:

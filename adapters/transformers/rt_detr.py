@@ -105,6 +105,8 @@ class FDRRTDetrV2Decoder(RefiningLoop, modeling_rt_detr_v2.RTDetrV2Decoder):
 class UnionRTDetrLoss(union_criterion.UnionCriterion, RTDetrLoss):
     """The host's criterion, fed with the union."""
 
+    class_losses: ClassVar = {"vfl": "loss_vfl"}
+
     def matching_cost(self) -> MatchingCost | None:
         matcher = self.matcher
         if type(matcher) is not RTDetrHungarianMatcher or not matcher.use_focal_loss:

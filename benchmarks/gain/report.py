@@ -12,7 +12,7 @@ run that is faster is read at its end.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -98,6 +98,11 @@ def _figure(values: dict[int, float]) -> str:
     return f"{mean:.1f} ± {spread:.1f}" if len(values) > 1 else f"{mean:.1f}"
 
 
+def by_mal(settings: Mapping[str, Any]) -> str:
+    """What the description of runs says more, if all learn their classes by MAL."""
+    return ", classes by MAL for all" if settings.get("class_loss") == "mal" else ""
+
+
 def markdown(results: Sequence[Result], failures: Sequence[str] = ()) -> str:
     """The report as Markdown: equal steps, gains at every metric, equal time, every seed, how it was made."""
     settings = results[0]["settings"]
@@ -105,8 +110,9 @@ def markdown(results: Sequence[Result], failures: Sequence[str] = ()) -> str:
     lines = [f"## {settings['host']} on {Path(settings['data']).name}", ""]
     lines += [
         f"{settings['steps']} steps of batch {settings['batch_size']}, {settings['image_size']} px, "
-        f"{settings['num_queries']} queries, learning rate {settings['learning_rate']:g}, EMA weights. Mean ± standard "
-        "deviation over the seeds; gain: paired difference to the baseline with its 95 % Student-t interval.",
+        f"{settings['num_queries']} queries, learning rate {settings['learning_rate']:g}, EMA weights"
+        f"{by_mal(settings)}. Mean ± standard deviation over the seeds; gain: paired difference to the baseline with "
+        "its 95 % Student-t interval.",
         "",
         "### Equal steps",
         "",

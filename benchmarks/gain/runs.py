@@ -17,8 +17,8 @@ from dfine_plugin.tools.writing import written_whole
 class RunSettings:
     """Everything that a run's outcome depends on, besides code and machine. `steps` are optimizer steps.
 
-    `data` is "shapes" or a folder in COCO format; the numbers of images hold for shapes only. `evaluations` are spread
-    evenly over the schedule, the last at its end.
+    `class_loss` is FDRConfig's, of baseline and wrapped alike. `data` is "shapes" or a folder in COCO format; the
+    numbers of images hold for shapes only. `evaluations` are spread evenly over the schedule, the last at its end.
     """
 
     host: str
@@ -35,6 +35,7 @@ class RunSettings:
     warmup_steps: int = 100
     weight_decay: float = 1e-4
     clip_norm: float = 0.1
+    class_loss: str = "host"
     ema_decay: float = 0.99
     flip: bool = True
     evaluations: int = 4

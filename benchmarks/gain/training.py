@@ -32,6 +32,7 @@ from dfine_plugin.benchmarks.gain.runs import RetrofitSettings, RunSettings, cod
 from dfine_plugin.benchmarks.gain.variants import fdr_settings, is_calibrated
 from dfine_plugin.benchmarks.models.detrex_hosts import without_cuda_calls
 from dfine_plugin.benchmarks.models.hosts import HOSTS, build_host
+from dfine_plugin.benchmarks.models.matchability import learn_classes_by_mal
 from dfine_plugin.benchmarks.reporting import Result
 from dfine_plugin.benchmarks.trained_hosts import load_trained
 
@@ -61,7 +62,9 @@ def build_model(settings: RunSettings, data: DetectionData) -> nn.Module:
         model = build_host(settings.host, data.class_names, settings.num_queries)
     fdr = fdr_settings(settings.variant)
     if fdr is not None:
-        wrap_decoder(getattr(model, "detector", model), FDRConfig(**fdr))
+        wrap_decoder(getattr(model, "detector", model), FDRConfig(**{"class_loss": settings.class_loss, **fdr}))
+    elif settings.class_loss == "mal":
+        learn_classes_by_mal(model)
     # Convolutions on a CPU are some 10 % faster so.
     model = model.to(settings.device).to(memory_format=torch.channels_last)
     if is_calibrated(settings.variant):

@@ -32,6 +32,7 @@ every_kind_of_loss = pytest.mark.parametrize(
         ),
         pytest.param(default_settings(), (2, 3), id="default"),
         pytest.param({"distribution_losses_train": "head"}, (2, 3), id="head-alone"),
+        pytest.param({"class_loss": "mal"}, (2, 3), id="mal"),
     ],
 )
 """Settings, over the paper's, and numbers of truths that the losses of every host are compared with a slow loop at."""

@@ -150,6 +150,25 @@ def match(
     return result
 
 
+def match_groups(
+    logits: Tensor,
+    boxes: Tensor,
+    targets: list[dict[str, Tensor]],
+    costs: dict[str, float],
+    groups: int,
+    phrases: Phrases = None,
+) -> Pairs:
+    """Each of so many groups of queries by itself."""
+    size = logits.shape[1] // groups
+    found: Pairs = [[] for _ in targets]
+    for start in range(0, size * groups, size):
+        own = slice(start, start + size)
+        matched = match(logits[:, own], boxes[:, own], targets, costs, phrases)
+        for pairs, more in zip(found, matched, strict=True):
+            pairs += [(query + start, truth) for query, truth in more]
+    return found
+
+
 def union(sets: list[Pairs]) -> Pairs:
     """Each query takes the truth that it met most often; the lowest of equals."""
     result: Pairs = []
@@ -257,6 +276,18 @@ def vfl(logits: Tensor, boxes: Tensor, targets: list[dict[str, Tensor]], pairs: 
         positive[image, q, targets[image]["class_labels"][t]] = 1
     weight = 0.75 * logits.detach().sigmoid() ** 2 * (1 - positive) + score
     return (weight * -(score * F.logsigmoid(logits) + (1 - score) * F.logsigmoid(-logits))).sum() / norm
+
+
+def mal(logits: Tensor, boxes: Tensor, targets: list[dict[str, Tensor]], pairs: Pairs, norm: float) -> Tensor:
+    """DEIM's matchability-aware loss, gamma 1.5, pair by pair over what all would be as background."""
+    p = logits.sigmoid()
+    loss = -(p.detach() ** 1.5 * (1 - p).log()).sum()
+    for image, query, truth in each(pairs):
+        found = p[image, query, targets[image]["class_labels"][truth]]
+        wanted = iou(boxes[image, query].detach(), targets[image]["boxes"][truth]) ** 1.5
+        loss = loss + found.detach() ** 1.5 * (1 - found).log()
+        loss = loss - wanted * found.log() - (1 - wanted) * (1 - found).log()
+    return loss / norm
 
 
 def iou_aware(logits: Tensor, boxes: Tensor, targets: list[dict[str, Tensor]], pairs: Pairs, norm: float) -> Tensor:

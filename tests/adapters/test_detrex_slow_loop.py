@@ -161,7 +161,9 @@ def slow_losses(
 
     def add_set(suffix: str, logits: Tensor, boxes: Tensor, targets: Any, own: Any, pairs: Any, n: float, m: float):
         base = {k: weights.get(k + suffix, weights[k]) for k in ("loss_class", "loss_bbox", "loss_giou")}
-        losses["loss_class" + suffix] = base["loss_class"] * slow.focal(logits, targets, own, n)
+        mal = config.class_loss == "mal"
+        of_classes = slow.mal(logits, boxes, targets, own, n) if mal else slow.focal(logits, targets, own, n)
+        losses["loss_class" + suffix] = base["loss_class"] * of_classes
         for name, term in slow.box_terms(boxes, targets, pairs, m).items():
             losses[name + suffix] = base[name] * term
 

@@ -85,7 +85,8 @@ def slow_losses(host: RTDETRHost, config: FDRConfig, step: Step, truths: list[di
     losses: dict[str, Tensor] = {}
 
     def add_set(suffix: str, logits: Tensor, boxes: Tensor, targets: Any, own: Any, pairs: Any, n: float, m: float):
-        losses["loss_vfl" + suffix] = WEIGHTS["loss_vfl"] * slow.vfl(logits, boxes, targets, own, n)
+        of_classes = slow.mal if config.class_loss == "mal" else slow.vfl
+        losses["loss_vfl" + suffix] = WEIGHTS["loss_vfl"] * of_classes(logits, boxes, targets, own, n)
         for name, term in slow.box_terms(boxes, targets, pairs, m).items():
             losses[name + suffix] = WEIGHTS[name] * term
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dfine_plugin import FDRConfig, wrap_decoder
+from dfine_plugin import FDRConfig, UnsupportedModelError, wrap_decoder
 
 from . import slow_loop as slow
 from .gradients import assert_same_gradients
@@ -163,25 +163,6 @@ def sines(boxes: Tensor, size: int) -> Tensor:
     return torch.stack([angles.sin(), angles.cos()], -1).flatten(-3)
 
 
-def match_groups(
-    logits: Tensor,
-    boxes: Tensor,
-    targets: list[dict[str, Tensor]],
-    costs: dict[str, float],
-    groups: int,
-    phrases: slow.Phrases,
-) -> slow.Pairs:
-    """Each of so many groups of queries by itself."""
-    size = logits.shape[1] // groups
-    found: slow.Pairs = [[] for _ in targets]
-    for start in range(0, size * groups, size):
-        own = slice(start, start + size)
-        matched = slow.match(logits[:, own], boxes[:, own], targets, costs, phrases)
-        for pairs, more in zip(found, matched, strict=True):
-            pairs += [(query + start, truth) for query, truth in more]
-    return found
-
-
 def run(
     host: TransformersHost, model: PreTrainedModel, targets: list[dict[str, Tensor]]
 ) -> tuple[Any, slow.Predictions]:
@@ -275,7 +256,7 @@ def slow_losses(
         sets["_enc"] = (outputs.encoder_logits[..., :TEXT_LENGTH], outputs.encoder_pred_boxes)
         # the host's logits are float32 whatever its weights, and costs of sure ones depend on that
         sets = {s: (logits.float(), boxes) for s, (logits, boxes) in sets.items()}
-    matches = {s: match_groups(*sets[s], targets, costs, groups, phrases) for s in sets}
+    matches = {s: slow.match_groups(*sets[s], targets, costs, groups, phrases) for s in sets}
     truths = max(groups * sum(len(t["boxes"]) for t in targets), 1)
     united = slow.union(list(matches.values()))
     norm = max(sum(len(p) for p in united), 1) if config.union else truths
@@ -283,7 +264,9 @@ def slow_losses(
     losses: dict[str, Tensor] = {}
 
     def add_set(suffix: str, logits: Tensor, boxes: Tensor, own_pairs: Any, pairs: Any, n: float, n_box: float) -> None:
-        if rt_detr:
+        if config.class_loss == "mal":
+            term = slow.mal(logits, boxes, targets, own_pairs, n)
+        elif rt_detr:
             term = slow.vfl(logits, boxes, targets, own_pairs, n)
         elif grouped:
             term = slow.iou_aware(logits, boxes, targets, own_pairs, n)
@@ -320,6 +303,10 @@ def slow_losses(
 @every_kind_of_loss
 def test_every_loss_term_and_its_gradient(host: Host, settings: dict[str, Any], counts: tuple[int, ...]) -> None:
     config = host.config(**settings)
+    if config.class_loss == "mal" and isinstance(host, TextHost):
+        with pytest.raises(UnsupportedModelError, match="classifies tokens of a text, and class_loss='mal' is for"):
+            wrap_decoder(build(host), config)
+        return
     model = wrap_decoder(build(host), config).train()
     randomise_fdr(host, model)
     targets = in_double(model, labels(counts))
