@@ -1,6 +1,6 @@
 """Losses of a host's classes: RT-DETR's own, and MAL in the place of any host's."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -25,7 +25,7 @@ class ClassLosses:
     class_losses: ClassVar[Mapping[str, str]] = {"labels": "loss_ce"}
     """The host's losses of classes, by the names that it asks for them, with their names in the loss dict."""
     class_loss = "host"
-    losses: Sequence[str]
+    losses: Any
     alpha: float
     gamma: float
 

@@ -137,6 +137,7 @@ def test_a_rate_that_does_not_train_bounds_the_grid(monkeypatch: pytest.MonkeyPa
         (["--image-size=161"], "this host cannot take images of 161 x 161"),
         (["--data=nowhere"], "there is no nowhere/instances_train.json and no nowhere/instances_val.json"),
         (["--device=gpu"], "'gpu' is neither cpu nor cuda"),
+        (["--class-loss=focal"], "'focal' is neither host nor mal"),
     ],
 )
 def test_what_is_wrong_is_told_before_any_training(arguments: list[str], said: str, tmp_path: Path) -> None:

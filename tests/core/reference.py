@@ -137,3 +137,21 @@ def numeric_gradient(function: Callable[[Tensor], float], at: Tensor, step: floa
         moved[1].view(-1)[index] -= step
         gradient.view(-1)[index] = (function(moved[0]) - function(moved[1])) / (2 * step)
     return gradient
+
+
+def mal(
+    logits: Tensor, matched: Sequence[tuple[int, int, int]], iou: Sequence[float], num_boxes: float, gamma: float
+) -> float:
+    """Query by query and class by class, with the published case distinction."""
+    quality = {index: value**gamma for index, value in zip(matched, iou, strict=True)}
+    total = 0.0
+    for image in range(logits.shape[0]):
+        for query in range(logits.shape[1]):
+            for label in range(logits.shape[2]):
+                p = 1 / (1 + math.exp(-float(logits[image, query, label])))
+                if (image, query, label) in quality:
+                    q = quality[image, query, label]
+                    total -= q * math.log(p) + (1 - q) * math.log(1 - p)
+                else:
+                    total -= p**gamma * math.log(1 - p)
+    return total / num_boxes

@@ -29,6 +29,7 @@ configs = st.builds(
     ddf=st.booleans(),
     lqe=st.booleans(),
     weighting=st.sampled_from(["nonuniform", "uniform"]),
+    class_loss=st.sampled_from(["host", "mal"]),
     trainable=st.sampled_from(["all", "head"]),
     distribution_losses_train=st.sampled_from(["all", "head"]),
     box_refinement=st.booleans(),
@@ -83,6 +84,7 @@ def test_frozen() -> None:
         ("weighting", "", "uniform"),
         ("trainable", "backbone", "'all' or 'head'"),
         ("distribution_losses_train", None, "'all' or 'head'"),
+        ("class_loss", "focal", "'host' or 'mal'"),
     ],
 )
 def test_out_of_bounds(field: str, value: float | str, bound: str) -> None:
