@@ -123,9 +123,13 @@ def briefly(config: DictConfig, image_size: int = 160) -> DictConfig:
     data.train.dataset.names = L(register_coco_folder)(folder=folder, split="train")
     data.test.dataset.names = L(register_coco_folder)(folder=folder, split="val")
     data.evaluator.dataset_name = L(register_coco_folder)(folder=folder, split="val")
-    data.train.mapper.augmentation = [L(T.RandomFlip)(), resize]
-    data.train.mapper.augmentation_with_crop = None
-    data.test.mapper.augmentation = [resize]
+    if "augmentations" in data.train.mapper:  # detectron2's mapper, not detrex's
+        data.train.mapper.augmentations, data.test.mapper.augmentations = [L(T.RandomFlip)(), resize], [resize]
+        data.train.mapper.use_instance_mask = data.train.mapper.recompute_boxes = False
+    else:
+        data.train.mapper.augmentation = [L(T.RandomFlip)(), resize]
+        data.train.mapper.augmentation_with_crop = None
+        data.test.mapper.augmentation = [resize]
     data.train.num_workers = data.test.num_workers = 0
     data.train.total_batch_size = 4
     config.optimizer.lr = 1e-3
