@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dfine_plugin.assignment import MatchingCost, SetToMatch, match_sets
@@ -95,6 +96,26 @@ def take_in_idle(losses: dict[str, Tensor], idle: Sequence[Tensor]) -> None:
     """Give a batch's idle parameters a gradient of zero, for DistributedDataParallel waits for one."""
     for parameter in idle:
         losses["loss_bbox"] = losses["loss_bbox"] + 0 * parameter.sum()
+
+
+def match_groups(sets: Sequence[SetToMatch], num_groups: int, cost: MatchingCost, check: FiniteCheck) -> list[Pairs]:
+    """:func:`match_sets` by groups of queries, each a set of its own; pairs have the queries' places among all."""
+    size = sets[0].boxes.shape[1] // num_groups
+    groups = [slice(start, start + size) for start in range(0, size * num_groups, size)]
+    parts = [one._replace(logits=one.logits[:, g], boxes=one.boxes[:, g]) for one in sets for g in groups]
+    matches = iter(match_sets(parts, cost, check))
+    return [_joined([next(matches) for _ in groups], [g.start for g in groups]) for _ in sets]
+
+
+def _joined(groups: list[Pairs], starts: list[int]) -> Pairs:
+    """For each image the pairs of all groups, whose first queries have these places."""
+    return [
+        (
+            torch.cat([queries + start for (queries, _), start in zip(of_image, starts, strict=True)]),
+            torch.cat([truths for _, truths in of_image]),
+        )
+        for of_image in zip(*groups, strict=True)
+    ]
 
 
 class UnionCriterion(ClassLosses, nn.Module):

@@ -86,6 +86,12 @@ _BUILT_IN = {
     "projects.dab_deformable_detr.modeling.dab_deformable_detr.DabDeformableDETR": "detrex.dab_deformable_detr",
     "projects.dn_deformable_detr.modeling.dn_deformable_detr.DNDeformableDETR": "detrex.dn_deformable_detr",
     "projects.dino.modeling.dino.DINO": "detrex.dino",
+    "projects.dino_eva.modeling.dino.DINO": "detrex.dino_eva",
+    "projects.align_detr.modeling.aligndetr.AlignDETR": "detrex.align_detr",
+    "projects.focus_detr.modeling.focus_detr.FOCUS_DETR": "detrex.focus_detr",
+    "projects.deta.modeling.deformable_detr.DeformableDETR": "detrex.deta",
+    "projects.conditional_detr.modeling.conditional_detr.ConditionalDETR": "detrex.conditional_detr",
+    "projects.group_detr.modeling.group_detr.GroupDETR": "detrex.group_detr",
     "projects.dab_detr.modeling.dab_detr.DABDETR": "detrex.dab_detr",
     "projects.dn_detr.modeling.dn_detr.DNDETR": "detrex.dn_detr",
     "src.zoo.rtdetr.rtdetr.RTDETR": "rtdetr.adapter",
@@ -97,12 +103,26 @@ _LIBRARIES = {"projects": "detrex", "src": "RT-DETR's own repository"}
 
 _FDR_ALREADY = "is an FDR model already: its boxes are refined distributions"
 
+_NO_REFERENCES = "has no reference boxes: each of its decoder layers predicts boxes anew, and none for FDR to refine"
+
 _REFUSED = {
     "transformers.models.d_fine.modeling_d_fine.DFineForObjectDetection": _FDR_ALREADY,
     "transformers.models.deimv2.modeling_deimv2.Deimv2ForObjectDetection": _FDR_ALREADY,
     "src.zoo.dfine.dfine.DFINE": _FDR_ALREADY,
     "transformers.models.omdet_turbo.modeling_omdet_turbo.OmDetTurboForObjectDetection": (
         "cannot be trained: transformers has no loss for it, and so there is none for FDR to join"
+    ),
+    "projects.detr.modeling.detr.DETR": _NO_REFERENCES,
+    "projects.pnp_detr.modeling.detr.PnPDETR": _NO_REFERENCES,
+    "projects.anchor_detr.modeling.anchor_detr.AnchorDETR": (
+        "has its decoder's layers and box heads in its transformer's forward, and no decoder for FDR to refine in"
+    ),
+    "projects.maskdino.maskdino.MaskDINO": (
+        "predicts masks beside boxes and matches queries by both, in a criterion of its own that FDR's terms have no "
+        "place in"
+    ),
+    "projects.co_mot.modeling.mot.MOT": (
+        "tracks: its queries go on from frame to frame, and so does its matching, of which there is no union"
     ),
 }
 """Host class to why it is not wrapped."""
@@ -161,10 +181,11 @@ def find_adapter(model: nn.Module) -> Adapter:
 
 def _short_names() -> str:
     """The host classes that are supported, by library, those of this package first."""
-    by_library: dict[str, list[str]] = {}
+    by_library: dict[str, dict[str, None]] = {}
     for name in dict.fromkeys([*_BUILT_IN, *supported_hosts()]):
         package = name.partition(".")[0]
-        by_library.setdefault(_LIBRARIES.get(package, package), []).append(name.rpartition(".")[2])
+        names = by_library.setdefault(_LIBRARIES.get(package, package), {})
+        names[name.rpartition(".")[2]] = None  # once: some projects of detrex call their hosts alike
     return "; ".join(f"{', '.join(names)} ({library})" for library, names in by_library.items())
 
 

@@ -38,7 +38,9 @@ def tiny_backbone(out_features: list[str], norm: str) -> nn.Module:
     return ResNet(stem, stages, out_features=list(out_features), freeze_at=0)
 
 
-def shrink(model: DictConfig, num_classes: int = 3, num_queries: int = 30, num_layers: int = 3) -> DictConfig:
+def shrink(
+    model: DictConfig, num_classes: int = 3, num_queries: int = 30, num_layers: int = 3, num_levels: int = 3
+) -> DictConfig:
     """detrex's config of a host with a tiny backbone, few layers and few queries, on the CPU; in place.
 
     It trains from scratch: batch norm in the backbone, nothing frozen, no dropout.
@@ -48,6 +50,7 @@ def shrink(model: DictConfig, num_classes: int = 3, num_queries: int = 30, num_l
         num_classes: of the data.
         num_queries: matched queries; a hybrid host gets as many again for its one-to-many branch.
         num_layers: of the decoder; the encoder has one.
+        num_levels: of features, where the host has several: those of the backbone are three.
     """
     single_level = "in_features" in model
     features = ["res5"] if single_level else ["res3", "res4", "res5"]
@@ -57,10 +60,10 @@ def shrink(model: DictConfig, num_classes: int = 3, num_queries: int = 30, num_l
         model.in_features, model.in_channels = features, CHANNELS["res5"]
     else:
         model.neck.input_shapes = {name: ShapeSpec(channels=CHANNELS[name]) for name in features}
-        model.neck.out_channels = WIDTH
-        model.neck.num_outs = len(features)
+        model.neck.in_features, model.neck.out_channels = features, WIDTH
+        model.neck.num_outs = num_levels
         model.neck.norm_layer.num_groups, model.neck.norm_layer.num_channels = 8, WIDTH
-        model.transformer.num_feature_levels = len(features)
+        model.transformer.num_feature_levels = num_levels
     for part, layers in (("encoder", 1), ("decoder", num_layers)):
         transformer = model.transformer[part]
         transformer.embed_dim, transformer.num_heads, transformer.num_layers = WIDTH, 4, layers
@@ -120,9 +123,13 @@ def briefly(config: DictConfig, image_size: int = 160) -> DictConfig:
     data.train.dataset.names = L(register_coco_folder)(folder=folder, split="train")
     data.test.dataset.names = L(register_coco_folder)(folder=folder, split="val")
     data.evaluator.dataset_name = L(register_coco_folder)(folder=folder, split="val")
-    data.train.mapper.augmentation = [L(T.RandomFlip)(), resize]
-    data.train.mapper.augmentation_with_crop = None
-    data.test.mapper.augmentation = [resize]
+    if "augmentations" in data.train.mapper:  # detectron2's mapper, not detrex's
+        data.train.mapper.augmentations, data.test.mapper.augmentations = [L(T.RandomFlip)(), resize], [resize]
+        data.train.mapper.use_instance_mask = data.train.mapper.recompute_boxes = False
+    else:
+        data.train.mapper.augmentation = [L(T.RandomFlip)(), resize]
+        data.train.mapper.augmentation_with_crop = None
+        data.test.mapper.augmentation = [resize]
     data.train.num_workers = data.test.num_workers = 0
     data.train.total_batch_size = 4
     config.optimizer.lr = 1e-3

@@ -33,6 +33,8 @@ class DetrexAdapter:
     """From each host criterion class to its subclass with :class:`GOLSDCriterion`."""
     reported_norm: ClassVar[str | None] = None
     """The decoder's norm of the states that the model reports boxes from, where it has one (or None) by that name."""
+    fixed_references: ClassVar[bool] = False
+    """Whether all layers predict from the first one's references, wrapped as well."""
 
     def check(self, model: Host, config: FDRConfig) -> None:
         """See :class:`~dfine_plugin.registry.Adapter`."""
@@ -44,15 +46,17 @@ class DetrexAdapter:
                 raise UnsupportedModelError(f"this {name} has a {type(part).__name__} where {expected} is expected")
         if not decoder.return_intermediate:
             raise UnsupportedModelError(f"this {name}'s decoder returns its last layer only (return_intermediate)")
-        if decoder.bbox_embed is None and not config.box_refinement:
+        if decoder.bbox_embed is None and not self.fixed_references and not config.box_refinement:
             raise UnsupportedModelError(
                 f"this {name} does not refine boxes (with_box_refine=False). FDR refines references from layer to "
                 "layer, which changes what its decoder attends to; FDRConfig(box_refinement=True) consents to that"
             )
-        if config.class_loss != "host" and model.criterion.loss_class_type != "focal_loss":
+        own = self.criterion_classes[type(model.criterion)].class_losses
+        kind = getattr(model.criterion, "loss_class_type", "focal_loss")  # some leave no choice
+        if config.class_loss != "host" and (not own or kind != "focal_loss"):
             raise UnsupportedModelError(
-                f"this {name} has a class for the background ({model.criterion.loss_class_type}), and "
-                f"class_loss={config.class_loss!r} is for classes each with a sigmoid of its own"
+                f"class_loss={config.class_loss!r} takes the place of a focal loss of pairs matched one to one, which "
+                f"this {name}'s loss of classes is not"
             )
         first = self.first_box_head(model)
         if type(first) is not MLP:

@@ -23,6 +23,9 @@ from dfine_plugin.tools.image_sizes import RT_DETR_STRIDES, check_image_size
 from ..host_parts import Host
 from .config import make, parts, read_config
 
+DETECTRON2_NAMES = {"augmentation": "augmentations", "img_format": "image_format"}
+"""From what detrex's mapper of data calls its arguments to what detectron2's does."""
+
 
 class DetrexCheckpoint:
     """A checkpoint in an output folder of detrex's trainer; see :class:`~dfine_plugin.checkpoints.Checkpoint`.
@@ -75,6 +78,11 @@ class DetrexCheckpoint:
         detector = model.detector if self.holds_detector else model
         return detector.float().eval()
 
+    def of_mapper(self, name: str) -> Any:
+        """What detrex's mapper of the test data calls so, or detectron2's, which has another name for it."""
+        mapper = self.config.dataloader.test.mapper
+        return mapper[name if name in mapper else DETECTRON2_NAMES[name]]
+
     def check_size(self, size: tuple[int, int]) -> None:
         """See :class:`~dfine_plugin.checkpoints.Checkpoint`."""
         # detrex's own hosts take any size
@@ -82,16 +90,15 @@ class DetrexCheckpoint:
 
     def preprocess(self, image: Image.Image, size: tuple[int, int] | None = None) -> Tensor:
         """See :class:`~dfine_plugin.checkpoints.Checkpoint`."""
-        mapper = self.config.dataloader.test.mapper
-        augmentation = make(mapper.augmentation, self.trust) if size is None else [T.Resize(size)]
-        inputs = T.AugInput(convert_PIL_to_numpy(image, mapper.img_format))
+        augmentation = make(self.of_mapper("augmentation"), self.trust) if size is None else [T.Resize(size)]
+        inputs = T.AugInput(convert_PIL_to_numpy(image, self.of_mapper("img_format")))
         T.AugmentationList(augmentation)(inputs)
         pixels = torch.from_numpy(np.ascontiguousarray(inputs.image.transpose(2, 0, 1)))[None].float()
         return pixels / 255 if self.holds_detector else pixels
 
     def normalisation(self) -> Mapping[str, Any]:
         """See :class:`~dfine_plugin.checkpoints.Checkpoint`."""
-        channels = self.config.dataloader.test.mapper.img_format
+        channels = self.of_mapper("img_format")
         # detrex's own hosts normalise by themselves
         return {
             "channels": channels,

@@ -7,6 +7,7 @@ is looked up, when that part is made, in libraries that hold models and nothing 
 
 import copy
 import dataclasses
+import functools
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -131,6 +132,15 @@ def _construct_object(loader: _PlainLoader, name: str, node: yaml.Node) -> Any:
     return cls(**state) if isinstance(cls, type) and dataclasses.is_dataclass(cls) else {"_target_": name, **state}
 
 
+def _construct_partial(loader: _PlainLoader, node: yaml.Node) -> Any:
+    """A partial of what is trusted is data as well, and stays a name otherwise."""
+    assert isinstance(node, yaml.MappingNode)
+    match loader.construct_mapping(node, deep=True).get("state"):
+        case [function, [*args], dict() as kwargs, _] if callable(function):
+            return functools.partial(function, *args, **kwargs)
+    return {"_target_": "functools.partial"}
+
+
 def _construct_tuple(loader: yaml.SafeLoader, node: yaml.Node) -> list[Any]:
     assert isinstance(node, yaml.SequenceNode)
     return loader.construct_sequence(node, deep=True)
@@ -138,4 +148,5 @@ def _construct_tuple(loader: yaml.SafeLoader, node: yaml.Node) -> list[Any]:
 
 _PlainLoader.add_multi_constructor("tag:yaml.org,2002:python/name:", _construct_name)
 _PlainLoader.add_multi_constructor("tag:yaml.org,2002:python/object:", _construct_object)
+_PlainLoader.add_constructor("tag:yaml.org,2002:python/object/apply:functools.partial", _construct_partial)
 _PlainLoader.add_constructor("tag:yaml.org,2002:python/tuple", _construct_tuple)

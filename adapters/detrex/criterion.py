@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from detrex.modeling import HungarianMatcher
+from detrex.modeling import HungarianMatcher, SetCriterion
 from torch import Tensor, nn
 
 from dfine_plugin.assignment import MatchingCost
@@ -113,6 +113,10 @@ class GOLSDCriterion(union_criterion.UnionCriterion):
         return [{**target, "labels": torch.zeros_like(target["labels"])} for target in targets]
 
 
+class GOLSDSetCriterion(GOLSDCriterion, SetCriterion):
+    """detrex's own criterion, fed with the union."""
+
+
 class DenoisingOutputs(GOLSDCriterion):
     """Mixin before a DN criterion, which finds the denoising queries' outputs beside the others."""
 
@@ -125,6 +129,22 @@ class DenoisingOutputs(GOLSDCriterion):
         self, outputs: dict[str, Any], args: tuple[Any, ...], known: dict[str, Any]
     ) -> tuple[dict[str, Any], tuple[Any, ...]]:
         return {**outputs, "denoising_output": known}, args
+
+
+class DenoisingMetas(GOLSDCriterion):
+    """Mixin before the criterion of DINO or of a host made of it, which finds the denoising queries' outputs in
+    ``dn_metas``. Its encoder's set holds the proposals that the decoder starts from."""
+
+    denoises = True
+    encoder_is_decoded = True
+
+    def denoising(self, outputs: dict[str, Any], args: tuple[Any, ...]) -> dict[str, Any] | None:
+        return (args[0] or {}).get("output_known_lbs_bboxes") if args else None
+
+    def with_denoising(
+        self, outputs: dict[str, Any], args: tuple[Any, ...], known: dict[str, Any]
+    ) -> tuple[dict[str, Any], tuple[Any, ...]]:
+        return outputs, ({**args[0], "output_known_lbs_bboxes": known},)
 
 
 def extended_weights(weights: Mapping[str, float], criterion: GOLSDCriterion, num_layers: int) -> dict[str, float]:

@@ -15,7 +15,7 @@ from dfine_plugin.registry import register_adapter
 
 from .. import host_parts, recomputed_boxes
 from .adapter import DECODER, DetrexAdapter
-from .criterion import GOLSDCriterion
+from .criterion import GOLSDSetCriterion
 from .decoder import InitialBoxHead, RefiningDecoder
 
 
@@ -56,10 +56,6 @@ class SharedBoxHeadAdapter(DetrexAdapter):
 
 class FDRDabDetrDecoder(QueriesFirstDecoder, DabDetrTransformerDecoder):
     """The host's decoder, refining distributions."""
-
-
-class GOLSDSetCriterion(GOLSDCriterion, SetCriterion):
-    """The host's criterion, fed with the union."""
 
 
 @register_adapter("projects.dab_detr.modeling.dab_detr.DABDETR")

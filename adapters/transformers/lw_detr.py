@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.loss.loss_lw_detr import LwDetrHungarianMatcher, LwDetrImageLoss
 from transformers.models.lw_detr import modeling_lw_detr
 
-from dfine_plugin.assignment import MatchingCost, SetToMatch, match_sets
+from dfine_plugin.assignment import MatchingCost, SetToMatch
 from dfine_plugin.boxes import at_least_float32
 from dfine_plugin.config import FDRConfig
 from dfine_plugin.errors import UnsupportedModelError
@@ -123,23 +123,7 @@ class UnionLwDetrLoss(union_criterion.UnionCriterion, LwDetrImageLoss):
         return self.matcher(outputs, targets, self.group_detr)
 
     def solve(self, sets: Sequence[SetToMatch], cost: MatchingCost, check: FiniteCheck) -> list[Pairs]:
-        """Match group by group, each a set of its own; the groups' pairs with the queries' places among all."""
-        size = sets[0].boxes.shape[1] // self.group_detr
-        groups = [slice(start, start + size) for start in range(0, size * self.group_detr, size)]
-        parts = [one._replace(logits=one.logits[:, g], boxes=one.boxes[:, g]) for one in sets for g in groups]
-        matches = iter(match_sets(parts, cost, check))
-        return [_joined([next(matches) for _ in groups], [g.start for g in groups]) for _ in sets]
-
-
-def _joined(groups: list[Pairs], starts: list[int]) -> Pairs:
-    """For each image the pairs of all groups, whose first queries have these places."""
-    return [
-        (
-            torch.cat([queries + start for (queries, _), start in zip(of_image, starts, strict=True)]),
-            torch.cat([truths for _, truths in of_image]),
-        )
-        for of_image in zip(*groups, strict=True)
-    ]
+        return union_criterion.match_groups(sets, self.group_detr, cost, check)
 
 
 class LwDetrGOLSDLoss(hf.GOLSDLoss):

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
@@ -131,9 +132,17 @@ def xyxy(boxes: Tensor) -> Tensor:
 
 
 def match(
-    logits: Tensor, boxes: Tensor, targets: list[dict[str, Tensor]], costs: dict[str, float], phrases: Phrases = None
+    logits: Tensor,
+    boxes: Tensor,
+    targets: list[dict[str, Tensor]],
+    costs: dict[str, float],
+    phrases: Phrases = None,
+    copies: int = 1,
 ) -> Pairs:
-    """Hungarian matching image by image, focal class cost; the mean over a class's tokens where it has several."""
+    """Hungarian matching image by image, focal class cost; the mean over a class's tokens where it has several.
+
+    With copies of truths these get at most half of the queries; what one image cannot have, no later one has.
+    """
     result: Pairs = []
     for image, target in enumerate(targets):
         p = logits[image].detach().sigmoid()
@@ -145,8 +154,11 @@ def match(
         l1 = (boxes[image].detach()[:, None] - target["boxes"][None]).abs().sum(-1)
         giou = generalized_box_iou(xyxy(boxes[image].detach()), xyxy(target["boxes"]))
         cost = costs["class"] * class_cost + costs["bbox"] * l1 - costs["giou"] * giou
-        rows, columns = linear_sum_assignment(cost.numpy())
-        result.append([(int(q), int(t)) for q, t in zip(rows, columns, strict=True)])
+        count = len(target["boxes"])
+        if count and copies > 1:
+            copies = min(len(cost) // (2 * count), copies)
+        rows, columns = linear_sum_assignment(np.tile(cost.numpy(), (1, copies)))
+        result.append([(int(q), int(t) % count) for q, t in zip(rows, columns, strict=True)])
     return result
 
 
@@ -189,12 +201,19 @@ def iou(box: Tensor, truth: Tensor) -> Tensor:
     return pairwise_iou(xyxy(box[None]), xyxy(truth[None]))[0, 0]
 
 
-def box_terms(boxes: Tensor, targets: list[dict[str, Tensor]], pairs: Pairs, norm: float) -> dict[str, Tensor]:
+Weights = dict[tuple[int, int], float]
+"""Of matched queries, by image and query."""
+
+
+def box_terms(
+    boxes: Tensor, targets: list[dict[str, Tensor]], pairs: Pairs, norm: float, weights: Weights | None = None
+) -> dict[str, Tensor]:
     l1 = giou = boxes.sum() * 0
     for image, q, t in each(pairs):
         truth = targets[image]["boxes"][t]
-        l1 = l1 + (boxes[image, q] - truth).abs().sum()
-        giou = giou + 1 - generalized_box_iou(xyxy(boxes[image, q][None]), xyxy(truth[None]))[0, 0]
+        weight = weights[image, q] if weights else 1.0
+        l1 = l1 + weight * (boxes[image, q] - truth).abs().sum()
+        giou = giou + weight * (1 - generalized_box_iou(xyxy(boxes[image, q][None]), xyxy(truth[None]))[0, 0])
     return {"loss_bbox": l1 / norm, "loss_giou": giou / norm}
 
 
@@ -290,13 +309,49 @@ def mal(logits: Tensor, boxes: Tensor, targets: list[dict[str, Tensor]], pairs: 
     return loss / norm
 
 
-def iou_aware(logits: Tensor, boxes: Tensor, targets: list[dict[str, Tensor]], pairs: Pairs, norm: float) -> Tensor:
-    """LW-DETR's cross entropy with targets ``max(p^0.25 IoU^0.75, 0.01)``; the rest is background, weighted by p^2."""
+def quality(p: Tensor, box: Tensor, truth: Tensor, eps: float = 0.0) -> Tensor:
+    """LW-DETR's and Align-DETR's target ``max(p^0.25 IoU^0.75, 0.01)``; ``eps`` is what the host adds to the union."""
+    overlap = iou(box, truth)
+    area = (box[2:].prod() + truth[2:].prod()) / (1 + overlap)
+    return (p**0.25 * (overlap * area / (area + eps)) ** 0.75).detach().clamp(min=0.01)
+
+
+DETREX_EPS = 1e-6
+"""What detrex adds to unions of boxes."""
+
+
+def rank_weights(logits: Tensor, boxes: Tensor, targets: list[dict[str, Tensor]], pairs: Pairs, tau: float) -> Weights:
+    """Align-DETR's weights ``exp(-rank / tau)``: a truth's queries ranked by quality, the best of rank 0,
+    the first of equals."""
+    rivals: dict[tuple[int, int], list[tuple[float, int]]] = {}
+    for image, q, t in each(pairs):
+        p = logits[image, q, targets[image]["class_labels"][t]].sigmoid()
+        rivals.setdefault((image, t), []).append(
+            (float(quality(p, boxes[image, q], targets[image]["boxes"][t], DETREX_EPS)), q)
+        )
+    return {
+        (image, q): math.exp(-rank / tau)
+        for (image, _), queries in rivals.items()
+        for rank, (_, q) in enumerate(sorted(queries, key=lambda entry: (-entry[0], entry[1])))
+    }
+
+
+def iou_aware(
+    logits: Tensor,
+    boxes: Tensor,
+    targets: list[dict[str, Tensor]],
+    pairs: Pairs,
+    norm: float,
+    weights: Weights | None = None,
+    eps: float = 0.0,
+) -> Tensor:
+    """LW-DETR's cross entropy with qualities, weighted or not, for targets; the rest is background, weighted by p^2."""
     p = logits.sigmoid()
     loss = -(p**2 * (1 - p).log()).sum()
     for image, q, t in each(pairs):
         found = p[image, q, targets[image]["class_labels"][t]]
-        target = (found**0.25 * iou(boxes[image, q], targets[image]["boxes"][t]) ** 0.75).detach().clamp(min=0.01)
+        target = quality(found, boxes[image, q], targets[image]["boxes"][t], eps)
+        target = target * (weights[image, q] if weights else 1.0)
         loss = loss + found**2 * (1 - found).log() - target * found.log() - (1 - target) * (1 - found).log()
     return loss / norm
 

@@ -2,7 +2,9 @@
 
 import copy
 import gc
+import importlib
 import inspect
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +31,7 @@ from dfine_plugin import (
 from dfine_plugin.adapters import union_criterion
 from dfine_plugin.record import current_scope
 
+from . import detrex_hosts
 from .hosts import Host, build, images, labels
 from .transformers_hosts import HOSTS as TRANSFORMERS_HOSTS
 from .transformers_hosts import TransformersHost
@@ -388,6 +391,39 @@ def test_a_host_that_transformers_cannot_train_is_refused() -> None:
             OmDetTurboConfig(text_config=CLIPTextConfig(), backbone_config=SwinConfig(out_indices=[1, 2, 3]))
         )
     with pytest.raises(UnsupportedModelError, match=r"OmDetTurboForObjectDetection cannot be trained: .* no loss"):
+        wrap_decoder(model)
+
+
+REFUSED_OF_DETREX = {
+    "projects.detr.modeling.detr.DETR": "has no reference boxes",
+    "projects.pnp_detr.modeling.detr.PnPDETR": "has no reference boxes",
+    "projects.anchor_detr.modeling.anchor_detr.AnchorDETR": "no decoder for FDR to refine in",
+    "projects.maskdino.maskdino.MaskDINO": "predicts masks beside boxes",
+    "projects.co_mot.modeling.mot.MOT": "its queries go on from frame to frame",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_OF_DETREX)
+def test_hosts_of_detrex_that_fdr_has_no_place_in_are_refused_by_their_names(name: str) -> None:
+    module, _, cls = name.rpartition(".")
+    own = type(cls, (nn.Module,), {"__module__": module})
+    with pytest.raises(UnsupportedModelError, match=f"^{re.escape(name)} .*{REFUSED_OF_DETREX[name]}"):
+        wrap_decoder(own())
+
+
+@pytest.mark.detrex
+@pytest.mark.skipif(detrex_hosts.missing() is not None, reason=str(detrex_hosts.missing()))
+@pytest.mark.parametrize("name", REFUSED_OF_DETREX)
+def test_the_refused_names_are_detrexs(name: str) -> None:
+    module, _, cls = name.rpartition(".")
+    assert issubclass(getattr(importlib.import_module(module), cls), nn.Module)
+
+
+@pytest.mark.detrex
+@pytest.mark.skipif(detrex_hosts.missing() is not None, reason=str(detrex_hosts.missing()))
+def test_a_decoder_that_recollects_queries_is_refused() -> None:
+    model = detrex_hosts.build_config("sqr_detr/configs/dab_detr_r50_50ep_sqr.py")
+    with pytest.raises(UnsupportedModelError, match="has a DabDetrTransformerDecoder_qr where DabDetrTransformer"):
         wrap_decoder(model)
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from dfine_plugin import FDRConfig, unwrap_decoder, wrap_decoder
+from dfine_plugin import FDRConfig, deploy, unwrap_decoder, wrap_decoder
 
-from .detrex_hosts import CALL_CUDA, batched_inputs
+from .detrex_hosts import CALL_CUDA, HOSTS, batched_inputs, missing
 from .hosts import Host, assert_equal, build, images, labels, predict, randomise_fdr, train_step, wrapped
 
 
@@ -142,12 +142,36 @@ def test_training_on_a_gpu(host: Host, autocast: bool) -> None:
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
-def test_two_hosts_train_on_a_cpu_only_here() -> None:
+@pytest.mark.slow
+@pytest.mark.detrex
+@pytest.mark.skipif(missing() is not None, reason=str(missing()))
+@torch.no_grad()
+def test_deta_selects_by_nms_wrapped_and_deployed() -> None:
+    """Of a size whose 1,000 proposals and 10,000 detections NMS can take."""
+    from detectron2.config import instantiate
+
+    from dfine_plugin.projects.common import detrex_config
+    from dfine_plugin.projects.debug import shrink
+
+    torch.manual_seed(0)
+    config = detrex_config("deta/configs/deta_r50_5scale_12ep.py").model
+    model = wrap_decoder(instantiate(shrink(config, num_classes=40, num_queries=260, num_levels=5)), FDRConfig.paper())
+    pixels = torch.rand(2, 3, 256, 256, generator=torch.Generator().manual_seed(1))
+    losses = model.train()(batched_inputs(pixels, labels()))
+    assert {"loss_fgl", "loss_ddf_0", "loss_bbox_pre", "loss_bbox_enc"} <= losses.keys()
+    assert all(loss.isfinite() for loss in losses.values())
+    expected = model.eval()(batched_inputs(pixels))
+    for found, wanted in zip(deploy(model)(batched_inputs(pixels)), expected, strict=True):
+        assert 0 < len(wanted["instances"]) <= 100
+        one, other = found["instances"], wanted["instances"]
+        torch.testing.assert_close(one.pred_boxes.tensor, other.pred_boxes.tensor, atol=1e-2, rtol=1e-5)
+        assert torch.equal(one.pred_classes, other.pred_classes)
+
+
+def test_some_hosts_train_on_a_cpu_only_here() -> None:
     """The redirection of ``.cuda()`` is the tests' own: the day detrex drops those calls, this says so."""
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    from .detrex_hosts import HOSTS, missing
-
     if missing():
         pytest.skip(str(missing()))
     for host in HOSTS:

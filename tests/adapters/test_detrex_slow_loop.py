@@ -3,7 +3,10 @@
 In float64: the hosts' own tensors are made in the default dtype.
 """
 
+import itertools
+import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,13 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dfine_plugin import FDRConfig, unwrap_decoder, wrap_decoder
+from dfine_plugin import FDRConfig, UnsupportedModelError, unwrap_decoder, wrap_decoder
 
 from . import slow_loop as slow
-from .detrex_hosts import batched_inputs
+from .detrex_hosts import COPIES, TAU, batched_inputs
 from .gradients import assert_same_gradients
-from .hosts import Host, build, every_kind_of_loss, images, labels, randomise_fdr
+from .hosts import IMAGE_SIZE, Host, build, every_kind_of_loss, images, labels, randomise_fdr
 
+OWN_CLASS_LOSS = ("detrex-align-detr", "detrex-deta")
 EPS = 1e-3  # of detrex's inverse_sigmoid
 
 
@@ -40,6 +44,8 @@ def in_double(detrex_host: Host, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
 def refine(host: Host, model: nn.Module, inputs: dict[str, Any]) -> slow.Predictions:
     """The decoder's loop by the design, section 1, from the inputs that the host's transformer gave its decoder."""
     inputs = dict(inputs)
+    if host.fixed_references:
+        return refine_from_points(model, inputs)
     if host.one_box_head:
         return refine_queries_first(model, inputs)
     from detrex.layers import get_sine_pos_embed
@@ -61,7 +67,7 @@ def refine(host: Host, model: nn.Module, inputs: dict[str, Any]) -> slow.Predict
             if hasattr(decoder, "query_scale") and index > 0:
                 position = decoder.query_scale(hidden) * position
         hidden = layer(hidden, query_pos=position, reference_points=scaled, **inputs, **extra)
-        normed = decoder.norm(hidden) if "dino" in host.name else hidden
+        normed = decoder.norm(hidden) if host.dino else hidden
         logits = F.linear(normed, model.class_embed[index].weight, model.class_embed[index].bias)
         box = fdr.layer(hidden, slow.first_head(decoder.bbox_embed[0]), reference, EPS, logits)
         reference = slow.reported(box.detach())
@@ -94,8 +100,34 @@ def refine_queries_first(model: nn.Module, inputs: dict[str, Any]) -> slow.Predi
     return fdr.out
 
 
+def refine_from_points(model: nn.Module, inputs: dict[str, Any]) -> slow.Predictions:
+    """The same for Conditional-DETR and Group-DETR, whose layers all attend, and predict, from one point a query."""
+    from detrex.layers import get_sine_pos_embed
+
+    decoder = model.transformer.decoder
+    hidden, position = inputs.pop("query"), inputs.pop("query_pos")
+    points = decoder.ref_point_head(position).sigmoid()
+    sine = get_sine_pos_embed(points)[..., : decoder.embed_dim]
+    fdr = slow.SlowFDR(decoder.fdr)
+    for index, layer in enumerate(decoder.layers):
+        scaled = sine * decoder.query_scale(hidden) if index > 0 else sine
+        hidden = layer(hidden, query_pos=position, query_sine_embed=scaled, is_first_layer=index == 0, **inputs)
+        normed = decoder.post_norm_layer(hidden).transpose(0, 1)
+        logits = F.linear(normed, model.class_embed.weight, model.class_embed.bias)
+        fdr.layer(normed, slow.first_head(decoder.bbox_embed), points.transpose(0, 1), EPS, logits)
+    return fdr.out
+
+
+ASSIGNERS = {"stg1_assigner": "_enc", "stg2_assigner": ""}
+"""DETA's, to the suffix of the set whose pairs they draw; the last layer's are those of all layers."""
+
+
 def run(host: Host, model: nn.Module, targets: list[dict[str, Tensor]]) -> tuple[dict, list[Any], slow.Predictions]:
-    """The adapter's weighted losses, what each call of the criterion was given, and the slow loop's predictions."""
+    """The adapter's weighted losses, what each call of the criterion was given, and the slow loop's predictions.
+
+    Pairs that the host's criterion draws at random are among what its first call was given, as ``assigned``.
+    """
+    assigned: dict[str, slow.Pairs] = {}
     given: dict[str, Any] = {}
     calls: list[Any] = []
     handles = [
@@ -104,11 +136,21 @@ def run(host: Host, model: nn.Module, targets: list[dict[str, Tensor]]) -> tuple
         ),
         model.criterion.register_forward_pre_hook(lambda module, args: calls.append(args)),
     ]
+    for name, suffix in ASSIGNERS.items():
+        if hasattr(model.criterion, name):
+            assigner = model.criterion.get_submodule(name)
+            handles.append(assigner.register_forward_hook(partial(keep_pairs, assigned, suffix)))
     torch.manual_seed(5)
     losses = model(batched_inputs(images(len(targets)), targets))
     for handle in handles:
         handle.remove()
+    calls[0][0]["assigned"] = assigned
     return losses, calls, refine(host, model, given)
+
+
+def keep_pairs(kept: dict[str, slow.Pairs], suffix: str, module: nn.Module, args: Any, pairs: Any) -> None:
+    assert suffix not in kept  # drawn once
+    kept[suffix] = [[*zip(queries.tolist(), truths.tolist(), strict=True)] for queries, truths in pairs]
 
 
 def doubled(host: Host, config: FDRConfig) -> nn.Module:
@@ -147,6 +189,23 @@ def known_pairs(counts: list[int], groups: int, padding: int) -> slow.Pairs:
     return [[(group * padding + t, t) for group in range(groups) for t in range(count)] for count in counts]
 
 
+GROUPS = 11
+"""Of Group-DETR's queries."""
+
+
+def match_groups(
+    logits: Tensor, boxes: Tensor, targets: list[dict[str, Tensor]], costs: dict[str, float], copies: int, groups: int
+) -> slow.Pairs:
+    """The matches of so many groups of queries, one after another."""
+    size = boxes.shape[1] // groups
+    found: slow.Pairs = [[] for _ in targets]
+    for start in range(0, size * groups, size):
+        part = slice(start, start + size)
+        for image, pairs in enumerate(slow.match(logits[:, part], boxes[:, part], targets, costs, copies=copies)):
+            found[image] += [(start + q, t) for q, t in pairs]
+    return found
+
+
 def slow_losses(
     host: Host,
     weights: dict[str, float],
@@ -158,13 +217,21 @@ def slow_losses(
     """Every term of the loss dict, weighted, under the host's names; ``weights`` are the bare host's."""
     costs = {"class": 2.0, "bbox": 5.0, "giou": 2.0}
     losses: dict[str, Tensor] = {}
+    ranked = host.name == "detrex-align-detr"
+    groups = GROUPS if host.name == "detrex-group-detr" else 1
 
     def add_set(suffix: str, logits: Tensor, boxes: Tensor, targets: Any, own: Any, pairs: Any, n: float, m: float):
         base = {k: weights.get(k + suffix, weights[k]) for k in ("loss_class", "loss_bbox", "loss_giou")}
-        mal = config.class_loss == "mal"
-        of_classes = slow.mal(logits, boxes, targets, own, n) if mal else slow.focal(logits, targets, own, n)
+        ranks = None
+        if config.class_loss == "mal":
+            of_classes = slow.mal(logits, boxes, targets, own, n)
+        elif ranked:
+            ranks = None if "_dn" in suffix else slow.rank_weights(logits, boxes, targets, own, TAU)
+            of_classes = slow.iou_aware(logits, boxes, targets, own, n, ranks, slow.DETREX_EPS)
+        else:
+            of_classes = slow.focal(logits, targets, own, n)
         losses["loss_class" + suffix] = base["loss_class"] * of_classes
-        for name, term in slow.box_terms(boxes, targets, pairs, m).items():
+        for name, term in slow.box_terms(boxes, targets, pairs, m, ranks if pairs is own else None).items():
             losses[name + suffix] = base[name] * term
 
     def add_branch(part: slow.Predictions, targets: list, encoder: dict[str, Tensor] | None, tail: str) -> None:
@@ -173,13 +240,20 @@ def slow_losses(
         sets = {s: (part.logits[i], slow.reported(part.boxes[i])) for i, s in enumerate(suffixes)}
         sets["_pre"] = (part.initial_logits, part.initial_boxes)
         encoded = targets
-        decoded = "dino" in host.name or "dab" in host.name  # encoder sets of the decoder's queries
+        decoded = host.dino or "dab" in host.name  # encoder sets of the decoder's queries
         if encoder is not None:
             sets["_enc"] = (encoder["pred_logits"], encoder["pred_boxes"])
             if not decoded:
                 encoded = [{**t, "class_labels": t["class_labels"] * 0} for t in targets]
-        matches = {s: slow.match(*sets[s], encoded if s == "_enc" else targets, costs) for s in sets}
-        count = max(sum(len(t["boxes"]) for t in targets), 1)
+        copies = dict.fromkeys(sets, 1)
+        if ranked:
+            copies = dict(zip(["_enc", *suffixes], COPIES, strict=True), _pre=COPIES[1])
+        matches = {
+            s: match_groups(*sets[s], encoded if s == "_enc" else targets, costs, copies[s], groups) for s in sets
+        }
+        for s in matches if "" in assigned else []:
+            matches[s] = assigned["_enc" if s == "_enc" else ""]
+        count = max(sum(len(t["boxes"]) for t in targets) * groups, 1)
         candidates = [m for s, m in matches.items() if s != "_enc" or decoded]
         if tail:  # the copies of a truth are one truth
             lengths = [len(t["boxes"]) // 2 for t in targets]
@@ -198,7 +272,9 @@ def slow_losses(
             )
         )
 
-    outputs = calls[0][0]
+    outputs, assigned = calls[0][0], calls[0][0]["assigned"]
+    if "srcs" in outputs:
+        losses["select_loss"] = 1.5 * foreground_loss(outputs, truths)
     count = outputs["pred_boxes"].shape[1]
     total = predictions.initial_boxes.shape[1]
     if host.name == "detrex-h-deformable-detr":
@@ -207,10 +283,10 @@ def slow_losses(
         add_branch(predictions.part(slice(count, None)), repeated, None, "_one2many")
         return losses
     add_branch(predictions.part(slice(total - count, None)), truths, outputs.get("enc_outputs"), "")
-    if "dino" in host.name or "-dn-" in host.name:
-        meta = calls[0][2] if "dino" in host.name else outputs
+    if host.dino or "-dn-" in host.name:
+        meta = calls[0][2] if host.dino else outputs
         counts = [len(t["boxes"]) for t in truths]
-        if "dino" in host.name:
+        if host.dino:
             groups, padding = meta["dn_num"], meta["single_padding"]
         else:
             groups, padding = int(meta["denoising_groups"]), int(meta["max_gt_num_per_image"])
@@ -225,9 +301,39 @@ def slow_losses(
     return losses
 
 
+def foreground_loss(outputs: dict[str, Any], truths: list[dict[str, Tensor]]) -> Tensor:
+    """Focus-DETR's focal loss of all tokens. A level's are foreground in boxes whose farthest edge is in its range.
+
+    Of an image over its number of such tokens, at least 1; averaged over the images.
+    """
+    of_images = []
+    for image, target in enumerate(truths):
+        scores = iter(outputs["temp_backbone_mask_prediction"][image, :, 0].sigmoid())
+        total, positives = torch.zeros(()), 0
+        for stride, least, most, level in zip(
+            (8, 16, 32, 64), (-1, 64, 128, 256), (64, 128, 256, math.inf), outputs["srcs"], strict=True
+        ):
+            for row, column in itertools.product(range(level.shape[2]), range(level.shape[3])):
+                x, y = column * stride + stride // 2, row * stride + stride // 2
+                edges = [
+                    min(offsets) > 0 and least < max(offsets) <= most
+                    for x0, y0, x1, y1 in (slow.xyxy(target["boxes"]) * IMAGE_SIZE).tolist()
+                    for offsets in [(x - x0, y - y0, x1 - x, y1 - y)]
+                ]
+                p = next(scores)
+                positives += any(edges)
+                total = total - (0.25 * (1 - p) ** 2 * p.log() if any(edges) else 0.75 * p**2 * (1 - p).log())
+        of_images.append(total / max(positives, 1))
+    return torch.stack(of_images).mean()
+
+
 @every_kind_of_loss
 def test_every_loss_term_and_its_gradient(host: Host, settings: dict[str, Any], counts: tuple[int, ...]) -> None:
     config = host.config(**settings)
+    if config.class_loss == "mal" and host.name.startswith(OWN_CLASS_LOSS):
+        with pytest.raises(UnsupportedModelError, match="class_loss='mal' takes the place of a focal loss of pairs"):
+            wrap_decoder(build(host), config)
+        return
     model = doubled(host, config)
     weights = build(host).criterion.weight_dict
     losses, calls, predictions = run(host, model, labels(counts))
@@ -235,7 +341,8 @@ def test_every_loss_term_and_its_gradient(host: Host, settings: dict[str, Any], 
     expected = slow_losses(host, weights, calls, predictions, labels(counts), config)
     assert losses.keys() == expected.keys()
     for name, term in expected.items():
-        torch.testing.assert_close(losses[name].double(), term, atol=1e-5, rtol=1e-5, msg=name)
+        found = losses[name].double().squeeze()  # Align-DETR's terms of the encoder are of shape (1,)
+        torch.testing.assert_close(found, term, atol=1e-5, rtol=1e-5, msg=name)
     total = torch.stack([*expected.values()]).sum()
     assert_same_gradients(model, sum(losses.values()), total, 1e-4)
 

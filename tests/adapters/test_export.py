@@ -72,9 +72,13 @@ def test_a_deployed_model_compiles_without_graph_breaks(host: Host, num_layers: 
 def test_onnx_gives_what_torch_gives_for_any_batch(exported_host: Host, tmp_path: Path) -> None:
     host = exported_host
     model = wrapped(host)
-    path = export_onnx(model, tmp_path / "model.onnx", SIZE, batch_size=None)
+    one_by_one = host.name in ("detrex-dino-eva", "detrex-focus-detr")  # their code goes from image to image
+    if one_by_one:
+        with pytest.raises(ValueError, match="takes the number of images for a constant"):
+            export_onnx(model, tmp_path / "model.onnx", SIZE, batch_size=None)
+    path = export_onnx(model, tmp_path / "model.onnx", SIZE, batch_size=2 if one_by_one else None)
     onnx.checker.check_model(str(path), full_check=True)
-    for batch in (1, 3):
+    for batch in (2,) if one_by_one else (1, 3):
         inputs = host.pixels(images(batch))
         for found, wanted in zip(run(path, inputs), expected(model, inputs), strict=True):
             np.testing.assert_allclose(found, wanted.numpy(), atol=2e-5, rtol=1e-4)
@@ -100,7 +104,7 @@ def test_a_graph_in_half_precision_of_fewer_layers_says_so_and_keeps_boxes(expor
     assert len([node for node in own if node.op_type == "Softmax"]) == (1 if host.fixed_references else FEWER)
     assert {node.outputs[0].dtype for node in own} == {ir.DataType.FLOAT}
     two_stage = ("two-stage", "dino", "rt-detr", "h-deformable")
-    if host.fixed_references or any(part in host.name for part in two_stage):
+    if host.fixed_references or host.dino or any(part in host.name for part in two_stage):
         return  # random proposals are all but equal: rounding decides which of them become queries
     inputs = host.pixels(images(1))
     (logits, boxes), (wanted_logits, wanted_boxes) = run(path, inputs), expected(model, inputs)

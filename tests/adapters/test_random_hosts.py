@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from hypothesis import HealthCheck, Phase, given, note, settings
+from hypothesis import HealthCheck, Phase, assume, given, note, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import (
@@ -54,7 +54,8 @@ RT_DETRS = {
 }
 DEFORMABLES = {"two-stage": (True, True), "refine": (False, True), "plain": (False, False)}
 GROUPED = ["lw-detr", *(["rf-detr"] if hasattr(transformers, "RfDetrConfig") else [])]
-DETREX = {host.name: host for host in detrex_hosts.HOSTS}
+# DETA's pairs are drawn: its losses are not the same twice
+DETREX = {host.name: host for host in detrex_hosts.HOSTS if host.name != "detrex-deta"}
 _NO_DETREX = pytest.mark.skipif(detrex_hosts.missing() is not None, reason=str(detrex_hosts.missing()))
 FAMILIES = [
     *RT_DETRS,
@@ -159,12 +160,15 @@ def detrex_cases(draw: st.DrawFn, name: str) -> Case:
     note(f"{name}: {layers} layers, {queries} queries, {heads} heads, auxiliary losses: {auxiliary}")
 
     def build_host() -> nn.Module:
-        model = detrex_hosts.build_config(detrex_hosts.CONFIGS[name], queries, layers, heads)
+        model = detrex_hosts.BUILDERS[name](queries=queries, layers=layers, heads=heads)
         if not auxiliary:
             row.without_auxiliary_losses(model)
         return model
 
-    return Case(replace(row, build=build_host), draw(configs(**row.settings)), *draw(batches(SIDE, queries + 3)))
+    images, labels = draw(batches(SIDE, queries + 3))
+    # Focus-DETR's own loss fails without any truth
+    assume(name != "detrex-focus-detr" or any(len(target["boxes"]) for target in labels))
+    return Case(replace(row, build=build_host), draw(configs(**row.settings)), images, labels)
 
 
 SIDE = st.integers(33, 120)

@@ -53,7 +53,7 @@ def written_by_the_trainer(folder: Path, host: str, kind: str = "dfine", average
 
 @pytest.mark.parametrize("kind", ["baseline", "dfine"])
 @pytest.mark.parametrize("averages", [False, True], ids=["latest", "averages"])
-@pytest.mark.parametrize("host", ["deformable_detr", "dino", "dab_detr", "rt_detr"])
+@pytest.mark.parametrize("host", ["deformable_detr", "dino", "dino_eva", "deta", "dab_detr", "rt_detr"])
 def test_a_run_comes_back(host: str, averages: bool, kind: str, tmp_path: Path) -> None:
     _, model = written_by_the_trainer(tmp_path, host, kind, averages)
     for path in (tmp_path, tmp_path / "model_0000019.pth"):
@@ -95,12 +95,13 @@ def test_broken_weights_are_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("image_format", ["RGB", "BGR"])
-@pytest.mark.parametrize("host", ["deformable_detr", "rt_detr"])
+@pytest.mark.parametrize("host", ["deformable_detr", "dino_eva", "rt_detr"])
 def test_images_are_those_of_the_test_data(host: str, image_format: str, tmp_path: Path) -> None:
     from detectron2.config import LazyConfig, instantiate
 
     config, model = written_by_the_trainer(tmp_path, host)
-    config.dataloader.test.mapper.img_format = image_format
+    # DINO with EVA reads images by detectron2's mapper
+    config.dataloader.test.mapper["image_format" if host == "dino_eva" else "img_format"] = image_format
     LazyConfig.save(config, str(tmp_path / "config.yaml"))
     checkpoint = open_checkpoint(tmp_path)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (80, 160, 3), dtype=np.uint8))
@@ -269,6 +270,10 @@ def test_yaml_and_pickles_run_nothing(tmp_path: Path) -> None:
     # names and objects that nothing makes are no more than names
     config.write_text(f"{text}\nevil: !!python/name:os.system\nworse: !!python/object:subprocess.Popen {{args: ls}}\n")
     open_checkpoint(tmp_path).load()
+    partial = "!!python/object/apply:functools.partial {state: [!!python/name:os.system '', [], {}, null]}"
+    config.write_text(f"{text}\nevil: {partial}\nworse: !!python/object/apply:functools.partial {{}}\n")
+    read = open_checkpoint(tmp_path).config
+    assert read.evil == read.worse == {"_target_": "functools.partial"}
     torch.save({"model": Malicious()}, tmp_path / "model_0000019.pth")
     with pytest.raises(ValueError, match=r"model_0000019\.pth cannot be read: "):
         open_checkpoint(tmp_path).load()
@@ -314,7 +319,9 @@ def test_every_config_of_the_projects_can_be_made_from_what_is_saved_of_it(tmp_p
     for path in sorted((ROOT / "projects").glob("*/configs/*.py")):
         LazyConfig.save(LazyConfig.load(str(path)), str(tmp_path / "config.yaml"))
         config = read_config(tmp_path / "config.yaml")
-        for part in [*parts(_only_wrapped(config.model)), *parts(config.dataloader.test.mapper.augmentation)]:
+        mapper = config.dataloader.test.mapper
+        augmentation = mapper["augmentations" if "augmentations" in mapper else "augmentation"]
+        for part in [*parts(_only_wrapped(config.model)), *parts(augmentation)]:
             if "_target_" in part:
                 find_trusted(part._target_)
                 checked += 1

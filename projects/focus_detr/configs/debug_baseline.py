@@ -1,0 +1,10 @@
+"""Focus-DETR, small, for some steps on a CPU."""
+
+from dfine_plugin.projects.common import PARTS, detrex_config, into
+from dfine_plugin.projects.debug import debug
+
+_config = into(
+    debug(detrex_config("focus_detr/configs/focus_detr_resnet/focus_detr_r50_4scale_12ep.py"), num_levels=4),
+    "./output/focus_detr_debug_baseline",
+)
+dataloader, lr_multiplier, model, optimizer, train = (_config[part] for part in PARTS)

@@ -1,0 +1,7 @@
+"""Group-DETR, small, for some steps on a CPU."""
+
+from dfine_plugin.projects.common import PARTS, detrex_config, into
+from dfine_plugin.projects.debug import debug
+
+_config = into(debug(detrex_config("group_detr/configs/group_detr_r50_50ep.py")), "./output/group_detr_debug_baseline")
+dataloader, lr_multiplier, model, optimizer, train = (_config[part] for part in PARTS)

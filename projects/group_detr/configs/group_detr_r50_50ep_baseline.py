@@ -1,0 +1,6 @@
+"""Group-DETR with R50: detrex's own config, 50 epochs, as it is."""
+
+from dfine_plugin.projects.common import PARTS, detrex_config, into
+
+_config = into(detrex_config("group_detr/configs/group_detr_r50_50ep.py"), "./output/group_detr_r50_50ep_baseline")
+dataloader, lr_multiplier, model, optimizer, train = (_config[part] for part in PARTS)
