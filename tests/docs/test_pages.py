@@ -153,6 +153,7 @@ def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str,
     yield {
         "torch": torch,
         "checkpoint": HOST,
+        "deformable_checkpoint": TRAINED / "deformable-detr",
         "train_dataset": TrainingView(data, flip=True, seed=0),
         "collate": collate,
         "arguments": transformers.TrainingArguments("output", max_steps=2, remove_unused_columns=False),
