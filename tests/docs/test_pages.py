@@ -222,7 +222,7 @@ def test_commands_that_are_left_out_are_on_a_page() -> None:
 def test_trained_models(names: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """What the page says comes out of it does."""
     monkeypatch.setattr(dfine_plugin, "calibrate", dfine_plugin.calibrate.func)  # the whole calibration
-    train, new_classes, average, *_ = blocks("docs/trained-models.md", "python")
+    train, mal, new_classes, average, *_ = blocks("docs/trained-models.md", "python")
     exec(smaller(train), names)
     assert is_wrapped(names["model"])
     trained = load_pretrained("wrapped")
@@ -233,6 +233,9 @@ def test_trained_models(names: dict[str, Any], monkeypatch: pytest.MonkeyPatch) 
     assert not fdr[0].equal(fdr[1])
     exec(new_classes, names)
     assert names["model"].get_submodule("model.decoder.fdr").config.distribution_losses_train == "head"
+    exec(mal, names)
+    assert type(names["model"]) is transformers.DeformableDetrForObjectDetection
+    assert names["model"].get_submodule("model.decoder.fdr").config.class_loss == "mal"
 
 
 @pytest.mark.detrex
