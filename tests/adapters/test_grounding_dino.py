@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import GroundingDinoConfig, GroundingDinoForObjectDetection
@@ -38,7 +38,6 @@ def host(request: pytest.FixtureRequest) -> TextHost:
     return request.param
 
 
-@settings(deadline=None)
 @given(st.lists(st.sampled_from([0, 20, 30, *SPECIAL_TOKENS]), min_size=1, max_size=12))
 def test_phrases_are_counted_as_the_host_maps_them(tokens: list[int]) -> None:
     text = torch.tensor([tokens])

@@ -43,8 +43,6 @@ from .transformers_hosts import _BACKBONE, _DEFORMABLE, _GROUPS, _RT_DETR, _VIT,
 
 LAW = settings(
     max_examples=int(os.environ.get("DFINE_EXAMPLES", "3")),
-    derandomize="DFINE_EXAMPLES" not in os.environ,
-    deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture],
     phases=[Phase.explicit, Phase.reuse, Phase.generate],  # shrinking would train models for minutes
 )

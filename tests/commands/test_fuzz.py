@@ -27,8 +27,6 @@ from ..coco_folder import write_coco
 
 LAW = settings(
     max_examples=int(os.environ.get("DFINE_EXAMPLES", "100")),
-    derandomize="DFINE_EXAMPLES" not in os.environ,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 JUNK = st.recursive(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -12,7 +14,7 @@ from .reference import Pairs
 
 Indices = list[tuple[Tensor, Tensor]]
 
-LAW = settings(max_examples=40, deadline=None)
+LAW = settings(max_examples=int(os.environ.get("DFINE_EXAMPLES", "40")))
 
 seeds = st.integers(0, 2**31 - 1)
 even_bins = st.integers(2, 32).map(lambda half: 2 * half)

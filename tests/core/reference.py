@@ -148,10 +148,12 @@ def mal(
     for image in range(logits.shape[0]):
         for query in range(logits.shape[1]):
             for label in range(logits.shape[2]):
-                p = 1 / (1 + math.exp(-float(logits[image, query, label])))
+                logit = float(logits[image, query, label])
+                # 1 - p by itself: of a logit of 30, subtraction leaves three digits of it
+                p, rest = 1 / (1 + math.exp(-logit)), 1 / (1 + math.exp(logit))
                 if (image, query, label) in quality:
                     q = quality[image, query, label]
-                    total -= q * math.log(p) + (1 - q) * math.log(1 - p)
+                    total -= q * math.log(p) + (1 - q) * math.log(rest)
                 else:
-                    total -= p**gamma * math.log(1 - p)
+                    total -= p**gamma * math.log(rest)
     return total / num_boxes

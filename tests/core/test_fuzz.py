@@ -18,11 +18,7 @@ from torch import Tensor
 from dfine_plugin import FDRConfig, FDRHead, InvalidTargetError, SettingsMismatchError
 from dfine_plugin.validation import check_targets
 
-LAW = settings(
-    max_examples=int(os.environ.get("DFINE_EXAMPLES", "200")),
-    derandomize="DFINE_EXAMPLES" not in os.environ,
-    deadline=None,
-)
+LAW = settings(max_examples=int(os.environ.get("DFINE_EXAMPLES", "200")))
 NUMBERS = st.one_of(st.integers(), st.floats(), st.integers(-5, 70), st.just(10**400))
 VALUES = st.recursive(
     st.one_of(st.none(), st.booleans(), NUMBERS, st.text(max_size=5), st.sampled_from(["uniform", "head"])),
