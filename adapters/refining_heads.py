@@ -15,7 +15,15 @@ from torch import Tensor, nn
 
 from dfine_plugin.boxes import at_least_float32
 from dfine_plugin.head import FDRHead, Refinement
-from dfine_plugin.record import FDRRecord, close_scope, closes_on_interrupt, current_scope, in_scope, open_scope
+from dfine_plugin.record import (
+    FDRRecord,
+    close_scope,
+    closes_on_interrupt,
+    current_record,
+    current_scope,
+    in_scope,
+    open_scope,
+)
 
 from .recomputed_boxes import four, logit
 
@@ -72,6 +80,39 @@ def refine_afterwards(fdr: FDRHead, initial_boxes: Tensor, hidden_states: Sequen
         assert state.probabilities is not None
         record.add(state, fdr.quality_logits(layer, state.probabilities))
     return record
+
+
+@dataclass
+class FixedReference:
+    """What a decoder whose layers all predict from one reference hands to the model's box head, which all share.
+
+    Attributes:
+        reference_logits: ``(B, Q, 4)``, of all layers; None before the decoder has run.
+        asked_for: the layer whose boxes the model asks for next, -1 where it begins with the last.
+    """
+
+    reference_logits: Tensor | None = None
+    asked_for: int = 0
+
+    def boxes_of(self, delta: Tensor) -> Tensor:
+        """Boxes from what the host's head adds to the reference: sigmoid(delta + isig(reference))."""
+        assert self.reference_logits is not None
+        return (at_least_float32(delta) + self.reference_logits).sigmoid()
+
+
+class FixedReferenceBoxHead(nn.Module):
+    """Mixin before the class of such a box head: the refined boxes, as the deltas that the model expects."""
+
+    def locate(self, hidden_states: Tensor) -> Tensor:
+        """What the host's own head answers, ``(B, Q, 4)``: it locates the initial boxes."""
+        return super().forward(hidden_states)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, Q, 4)``, layer by layer."""
+        progress = current_scope().progress
+        boxes = current_record().boxes[progress.asked_for]
+        progress.asked_for += 1
+        return logit(boxes) - progress.reference_logits
 
 
 class RefiningBoxHead(nn.Module):

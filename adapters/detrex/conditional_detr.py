@@ -4,7 +4,6 @@ The decoder runs as it is; then the one box head's box for the first layer is th
 move, layer by layer. The model asks its box head layer by layer.
 """
 
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from detrex.layers import MLP
@@ -12,8 +11,7 @@ from detrex.modeling import SetCriterion
 from projects.conditional_detr.modeling import ConditionalDetrTransformerDecoder
 from torch import Tensor, nn
 
-from dfine_plugin.boxes import at_least_float32
-from dfine_plugin.record import current_record, current_scope
+from dfine_plugin.record import current_scope
 from dfine_plugin.registry import register_adapter
 
 from .. import host_parts, recomputed_boxes, refining_heads
@@ -23,32 +21,8 @@ from .criterion import GOLSDSetCriterion
 from .decoder import RefiningDecoder
 
 
-@dataclass
-class Progress:
-    """What the decoder hands to the model's heads.
-
-    Attributes:
-        reference_logits: ``(B, Q, 4)``, of all layers.
-        asked: how many layers' boxes the model has asked for.
-    """
-
-    reference_logits: Tensor
-    asked: int = 0
-
-
-class FixedPointBoxHead(MLP):
-    """The model's box head: the refined boxes, as the deltas that the model expects."""
-
-    def locate(self, hidden_states: Tensor) -> Tensor:
-        """What the host's own head answers, ``(B, Q, 4)``: it locates the initial boxes."""
-        return super().forward(hidden_states)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``(B, Q, 4)``, layer by layer."""
-        progress = current_scope().progress
-        delta = recomputed_boxes.logit(current_record().boxes[progress.asked]) - progress.reference_logits
-        progress.asked += 1
-        return delta
+class FixedPointBoxHead(refining_heads.FixedReferenceBoxHead, MLP):
+    """The model's box head."""
 
 
 class FixedPointDecoder(RefiningDecoder):
@@ -60,8 +34,8 @@ class FixedPointDecoder(RefiningDecoder):
         hidden_states, points = super(refining_heads.RefiningDecoder, self).forward(*args, **kwargs)
         scope = current_scope()
         reference_logits = recomputed_boxes.four(self.inverse_sigmoid(points))
-        scope.progress = Progress(reference_logits)
-        initial_boxes = (at_least_float32(self.bbox_embed.locate(hidden_states[0])) + reference_logits).sigmoid()
+        scope.progress = refining_heads.FixedReference(reference_logits)
+        initial_boxes = scope.progress.boxes_of(self.bbox_embed.locate(hidden_states[0]))
         scope.record = refining_heads.refine_afterwards(self.fdr, initial_boxes, hidden_states.unbind())
         if self.deployed:
             hidden_states = recomputed_boxes.last_level(scope.record, hidden_states, reference_logits)
@@ -87,8 +61,7 @@ class FixedPointAdapter(DetrexAdapter):
 
     def host_boxes(self, model: Host, layer: int, hidden_states: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
         """See :class:`~dfine_plugin.registry.Adapter`. The decoder goes on with the points that it began with."""
-        delta = at_least_float32(model.bbox_embed.locate(hidden_states))
-        return reference, (delta + current_scope().progress.reference_logits).sigmoid()
+        return reference, current_scope().progress.boxes_of(model.bbox_embed.locate(hidden_states))
 
 
 class FDRConditionalDetrDecoder(FixedPointDecoder, ConditionalDetrTransformerDecoder):

@@ -19,32 +19,29 @@ from transformers.models.conditional_detr import modeling_conditional_detr as ho
 from dfine_plugin.boxes import at_least_float32
 from dfine_plugin.config import FDRConfig
 from dfine_plugin.errors import UnsupportedModelError
-from dfine_plugin.record import current_record, current_scope
+from dfine_plugin.record import current_scope
 from dfine_plugin.registry import register_adapter
 
 from .. import host_parts, recomputed_boxes
-from ..refining_heads import RefiningDecoder, refine_afterwards
+from ..refining_heads import FixedReference, FixedReferenceBoxHead, RefiningDecoder, refine_afterwards
 from . import adapter as hf
 from .deformable_detr import DeformableDetrGOLSDLoss
 
 
 @dataclass
-class Progress:
+class Progress(FixedReference):
     """What decoder and heads hand to one another in a forward.
 
     Attributes:
         box_head: locates the initial boxes, and is the host's for all layers.
         states: ``(B, Q, C)``, of each layer but the last, as the next one takes them.
-        reference_logits: ``(B, Q, 4)``, of all layers.
         first_hidden_states: ``(B, Q, C)``, what the model's heads get of the first layer.
-        asked: how many layers' boxes the model has asked for.
     """
 
-    box_head: Any
+    asked_for: int = -1
+    box_head: Any = None
     states: list[Tensor] = field(default_factory=list)
-    reference_logits: Tensor | None = None
     first_hidden_states: Tensor | None = None
-    asked: int = 0
 
 
 class NotedScale(host.ConditionalDetrMLPPredictionHead):
@@ -55,19 +52,8 @@ class NotedScale(host.ConditionalDetrMLPPredictionHead):
         return super().forward(x)
 
 
-class RecordedBoxHead(host.ConditionalDetrMLPPredictionHead):
-    """The model's box head: the refined boxes, as the deltas that the model expects."""
-
-    def locate(self, hidden_states: Tensor) -> Tensor:
-        """What the host's own head answers, ``(B, Q, 4)``: it locates the initial boxes."""
-        return super().forward(hidden_states)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``(B, Q, 4)``: of the last layer when asked first, then layer by layer."""
-        progress = current_scope().progress
-        boxes = current_record().boxes[progress.asked - 1]
-        progress.asked += 1
-        return recomputed_boxes.logit(boxes) - progress.reference_logits
+class RecordedBoxHead(FixedReferenceBoxHead, host.ConditionalDetrMLPPredictionHead):
+    """The model's box head, which is asked for the last layer first."""
 
 
 class FDRConditionalDetrDecoder(RefiningDecoder, host.ConditionalDetrDecoder):
@@ -80,7 +66,7 @@ class FDRConditionalDetrDecoder(RefiningDecoder, host.ConditionalDetrDecoder):
 
     def run(self, *args, **kwargs):
         scope = current_scope()
-        progress = scope.progress = scope.progress or Progress(self.bbox_embed if self.deployed else None)
+        progress = scope.progress = scope.progress or Progress(box_head=self.bbox_embed if self.deployed else None)
         outputs = host.ConditionalDetrDecoder.forward(self, *args, **kwargs)
         if progress.box_head is None:
             return outputs  # the model's heads, which would ask for boxes, do not run
@@ -90,7 +76,7 @@ class FDRConditionalDetrDecoder(RefiningDecoder, host.ConditionalDetrDecoder):
         progress.reference_logits = recomputed_boxes.four(reference_logits)
         progress.first_hidden_states = hidden[0]
         locate = getattr(progress.box_head, "locate", progress.box_head)
-        initial_boxes = (at_least_float32(locate(hidden[0])) + progress.reference_logits).sigmoid()
+        initial_boxes = progress.boxes_of(locate(hidden[0]))
         record = scope.record = refine_afterwards(self.fdr, initial_boxes, hidden)
         if self.deployed:
             last = recomputed_boxes.last_level(record, hidden[-1][None], progress.reference_logits)
@@ -133,7 +119,7 @@ class ConditionalDetrAdapter(hf.TransformersAdapter):
 
     def begin(self, model: host_parts.Host, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         super().begin(model, args, kwargs)
-        current_scope().progress = Progress(model.bbox_predictor)
+        current_scope().progress = Progress(box_head=model.bbox_predictor)
 
     def keep_layers(self, model: host_parts.Host, num_layers: int) -> None:
         """See :class:`~dfine_plugin.registry.Adapter`."""
@@ -157,5 +143,4 @@ class ConditionalDetrAdapter(hf.TransformersAdapter):
     ) -> tuple[Tensor, Tensor]:
         """See :class:`~dfine_plugin.registry.Adapter`. The decoder goes on with the references that it began with."""
         progress = current_scope().progress
-        delta = at_least_float32(progress.box_head.locate(hidden_states))
-        return reference, (delta + progress.reference_logits).sigmoid()
+        return reference, progress.boxes_of(progress.box_head.locate(hidden_states))
