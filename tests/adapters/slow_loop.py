@@ -169,13 +169,14 @@ def match_groups(
     costs: dict[str, float],
     groups: int,
     phrases: Phrases = None,
+    copies: int = 1,
 ) -> Pairs:
     """Each of so many groups of queries by itself."""
     size = logits.shape[1] // groups
     found: Pairs = [[] for _ in targets]
     for start in range(0, size * groups, size):
         own = slice(start, start + size)
-        matched = match(logits[:, own], boxes[:, own], targets, costs, phrases)
+        matched = match(logits[:, own], boxes[:, own], targets, costs, phrases, copies)
         for pairs, more in zip(found, matched, strict=True):
             pairs += [(query + start, truth) for query, truth in more]
     return found

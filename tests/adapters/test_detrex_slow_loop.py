@@ -193,19 +193,6 @@ GROUPS = 11
 """Of Group-DETR's queries."""
 
 
-def match_groups(
-    logits: Tensor, boxes: Tensor, targets: list[dict[str, Tensor]], costs: dict[str, float], copies: int, groups: int
-) -> slow.Pairs:
-    """The matches of so many groups of queries, one after another."""
-    size = boxes.shape[1] // groups
-    found: slow.Pairs = [[] for _ in targets]
-    for start in range(0, size * groups, size):
-        part = slice(start, start + size)
-        for image, pairs in enumerate(slow.match(logits[:, part], boxes[:, part], targets, costs, copies=copies)):
-            found[image] += [(start + q, t) for q, t in pairs]
-    return found
-
-
 def slow_losses(
     host: Host,
     weights: dict[str, float],
@@ -249,7 +236,8 @@ def slow_losses(
         if ranked:
             copies = dict(zip(["_enc", *suffixes], COPIES, strict=True), _pre=COPIES[1])
         matches = {
-            s: match_groups(*sets[s], encoded if s == "_enc" else targets, costs, copies[s], groups) for s in sets
+            s: slow.match_groups(*sets[s], encoded if s == "_enc" else targets, costs, groups, copies=copies[s])
+            for s in sets
         }
         for s in matches if "" in assigned else []:
             matches[s] = assigned["_enc" if s == "_enc" else ""]
