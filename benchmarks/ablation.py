@@ -27,14 +27,13 @@ from dfine_plugin.benchmarks.gain.scheduling import Cluster, run_all
 from dfine_plugin.benchmarks.gain.variants import BASELINE, DEFAULT_VARIANTS, parse_variants
 from dfine_plugin.benchmarks.models.hosts import HOSTS
 from dfine_plugin.benchmarks.options import (
-    check_class_loss,
+    ClassLossOption,
     check_data,
     check_device_name,
     check_fair_baseline,
     check_host_takes,
 )
 from dfine_plugin.benchmarks.reporting import write_json, write_text
-from dfine_plugin.config import CLASS_LOSSES
 
 LONG_SEEDS = 10
 # The learning rate is tuned with seeds that no comparison uses, as factors of the host's own. With one seed alone a
@@ -91,9 +90,7 @@ def main(
     train_images: Annotated[int, typer.Option(min=1, help="of the shapes")] = 2000,
     val_images: Annotated[int, typer.Option(min=1, help="of the shapes")] = 400,
     long: Annotated[bool, typer.Option("--long", help=f"at least {LONG_SEEDS} seeds")] = False,
-    class_loss: Annotated[
-        str, typer.Option(help=f"of baseline and wrapped alike: {' or '.join(CLASS_LOSSES)}", callback=check_class_loss)
-    ] = "host",
+    class_loss: ClassLossOption = "host",
     device: Annotated[str, typer.Option(help="cpu or cuda", callback=check_device_name)] = "cpu",
     jobs: Annotated[int | None, typer.Option(help="processes at a time; default: the number of cores")] = None,
     ray: Annotated[

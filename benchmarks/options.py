@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -56,6 +56,11 @@ def check_class_loss(class_loss: str) -> str:
     if class_loss not in CLASS_LOSSES:
         raise typer.BadParameter(f"{class_loss!r} is neither {' nor '.join(CLASS_LOSSES)}")
     return class_loss
+
+
+ClassLossOption = Annotated[
+    str, typer.Option(help=f"of baseline and wrapped alike: {' or '.join(CLASS_LOSSES)}", callback=check_class_loss)
+]
 
 
 def find_device(name: str) -> torch.device:

@@ -38,7 +38,7 @@ from dfine_plugin.benchmarks.gain.runs import RetrofitSettings
 from dfine_plugin.benchmarks.gain.scheduling import run_all
 from dfine_plugin.benchmarks.gain.variants import BASELINE, parse_variants
 from dfine_plugin.benchmarks.options import (
-    check_class_loss,
+    ClassLossOption,
     check_data,
     check_device_name,
     check_fair_baseline,
@@ -46,7 +46,6 @@ from dfine_plugin.benchmarks.options import (
 )
 from dfine_plugin.benchmarks.reporting import Result, table_header, table_row, write_json, write_text
 from dfine_plugin.benchmarks.trained_hosts import IMAGE_SIZE, STEPS, facts, find_trained
-from dfine_plugin.config import CLASS_LOSSES
 
 DEFAULT_ROWS = f"{BASELINE} calibrated"
 
@@ -139,9 +138,7 @@ def main(
     lr: Annotated[float | None, typer.Option(min=1e-9, help="learning rate; the same default")] = None,
     train_images: Annotated[int, typer.Option(min=1, help="of the shapes")] = 2000,
     val_images: Annotated[int, typer.Option(min=1, help="of the shapes")] = 400,
-    class_loss: Annotated[
-        str, typer.Option(help=f"of baseline and wrapped alike: {' or '.join(CLASS_LOSSES)}", callback=check_class_loss)
-    ] = "host",
+    class_loss: ClassLossOption = "host",
     device: Annotated[str, typer.Option(help="cpu or cuda", callback=check_device_name)] = "cpu",
     jobs: Annotated[int | None, typer.Option(help="processes at a time; default: the number of cores")] = None,
     output: Annotated[Path, typer.Option(file_okay=False, help="folder for runs, table, figures and plot")] = Path(
