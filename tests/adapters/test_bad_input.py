@@ -29,6 +29,7 @@ from dfine_plugin import (
     wrap_decoder,
 )
 from dfine_plugin.adapters import union_criterion
+from dfine_plugin.adapters.class_losses import ClassLosses
 from dfine_plugin.record import current_scope
 
 from . import detrex_hosts
@@ -392,6 +393,15 @@ def test_a_host_that_transformers_cannot_train_is_refused() -> None:
         )
     with pytest.raises(UnsupportedModelError, match=r"OmDetTurboForObjectDetection cannot be trained: .* no loss"):
         wrap_decoder(model)
+
+
+def test_mal_wants_a_loss_of_classes_to_stand_in_for() -> None:
+    criterion = ClassLosses()
+    criterion.losses = ["boxes", "bce"]
+    with pytest.raises(UnsupportedModelError, match="for the loss labels of this ClassLosses, which has boxes, bce"):
+        criterion.choose_class_loss("mal")
+    assert criterion.class_loss == "host"
+    criterion.choose_class_loss("host")
 
 
 REFUSED_OF_DETREX = {
