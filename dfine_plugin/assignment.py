@@ -34,13 +34,15 @@ class MatchingCost:
     giou_weight: float
     alpha: float = 0.25
     gamma: float = 2.0
+    eps: float = 1e-8
+    """Keeps the logarithms of probabilities of 0 finite."""
 
     def focal(self, logits: Tensor) -> Tensor:
         """The focal cost of each of the logits, at least float32."""
         p = at_least_float32(logits).sigmoid()
         q = 1 - p
-        positive = self.alpha * q.pow(self.gamma) * -(p + 1e-8).log()
-        negative = (1 - self.alpha) * p.pow(self.gamma) * -(q + 1e-8).log()
+        positive = self.alpha * q.pow(self.gamma) * -(p + self.eps).log()
+        negative = (1 - self.alpha) * p.pow(self.gamma) * -(q + self.eps).log()
         return positive - negative
 
     def class_costs(self, logits: Sequence[Tensor], images: Tensor, labels: Tensor) -> Tensor:

@@ -95,11 +95,13 @@ _BUILT_IN = {
     "projects.dab_detr.modeling.dab_detr.DABDETR": "detrex.dab_detr",
     "projects.dn_detr.modeling.dn_detr.DNDETR": "detrex.dn_detr",
     "src.zoo.rtdetr.rtdetr.RTDETR": "rtdetr.adapter",
+    "mmdet.models.detectors.deformable_detr.DeformableDETR": "mmdet.adapter",
+    "mmdet.models.detectors.dino.DINO": "mmdet.adapter",
 }
 """Host class to the module of ``dfine_plugin.adapters`` that registers its adapter."""
 
-_LIBRARIES = {"projects": "detrex", "src": "RT-DETR's own repository"}
-"""What checkouts call their hosts' packages, to whose they are."""
+_LIBRARIES = {"projects": "detrex", "src": "RT-DETR's own repository", "mmdet": "MMDetection"}
+"""What hosts' packages are called, to whose they are."""
 
 _FDR_ALREADY = "is an FDR model already: its boxes are refined distributions"
 

@@ -75,8 +75,8 @@ class Host(ABC):
         """The list of class heads, or the one of all layers."""
         return model.class_embed
 
-    def matcher(self, model: nn.Module) -> nn.Module | None:
-        """The matcher, None where each loss makes its own."""
+    def matcher(self, model: nn.Module) -> Any:
+        """The matcher, or what the host calls its assigner; None where each loss makes its own."""
         return None
 
     @abstractmethod

@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dfine_plugin import wrap_decoder
 
-from . import detrex_hosts, rtdetr_hosts, transformers_hosts
+from . import detrex_hosts, mmdet_hosts, rtdetr_hosts, transformers_hosts
 from .hosts import Host, build, idle_parameters, images, labels, randomise_fdr
 
 Batch = tuple[Tensor, list[dict[str, Tensor]]]
@@ -52,7 +52,7 @@ PRELOADED = ["accelerate", *(f"dfine_plugin.adapters.transformers.{host}" for ho
 
 
 def row(name: str) -> Host:
-    rows = *transformers_hosts.HOSTS, *detrex_hosts.HOSTS, *rtdetr_hosts.HOSTS
+    rows = *transformers_hosts.HOSTS, *detrex_hosts.HOSTS, *rtdetr_hosts.HOSTS, *mmdet_hosts.HOSTS
     return next(host for host in rows if host.name == name)
 
 

@@ -50,7 +50,11 @@ def test_a_step_waits_for_the_matching_of_all_sets_and_for_nothing_else(host: Ho
     bare, ours = waits_of_a_step(host, build(host)), waits_of_a_step(host, wrapped(host))
     assert plugins(ours) == {"match_sets": criterion_calls(host)}
     assert Counter(wait.function for wait in ours if "_begin_forward" in wait.ours) == {"check_targets": 1}
-    assert hosts(ours) <= hosts(bare)
+    if host.name.startswith("mmdet"):
+        # the host's own losses wait set by set, and the initial boxes are one set more; its matching waited oftener
+        assert hosts(ours).total() < hosts(bare).total()
+    else:
+        assert hosts(ours) <= hosts(bare)
 
 
 @contextmanager
