@@ -37,8 +37,8 @@ _PREPROCESSOR = {
 
 def config(kind: str, num_layers: int = NUM_LAYERS, **settings: Any) -> dict[str, Any]:
     """A config of MMDetection's, small, of the detector of this kind: DINO or DeformableDETR."""
-    # the code of a two-stage Deformable-DETR fixes its width
-    levels, width = 3, 256 if settings.get("as_two_stage") else 32
+    # the code of a two-stage Deformable-DETR fixes its width; and of a DINO, in MMDetection up to 3.3
+    levels, width = 3, 256 if kind == "DINO" or settings.get("as_two_stage") else 32
     attention = {"embed_dims": width, "num_heads": 4, "dropout": 0.0, "batch_first": True}
     deformable = {**attention, "num_levels": levels}
     feedforward = {"embed_dims": width, "feedforward_channels": 48, "ffn_drop": 0.0}
@@ -107,14 +107,19 @@ def config(kind: str, num_layers: int = NUM_LAYERS, **settings: Any) -> dict[str
     return model
 
 
-def build_model(kind: str, **settings: Any) -> nn.Module:
-    """The detector of a config of this kind, initialised as MMDetection does."""
+def from_config(model: Any) -> nn.Module:
+    """What MMDetection builds of a config's model."""
     import mmdet.models  # noqa: F401  (registers them)
     from mmdet.registry import MODELS
     from mmengine.registry import init_default_scope
 
     init_default_scope("mmdet")
-    model = MODELS.build(config(kind, **settings))
+    return MODELS.build(model)
+
+
+def build_model(kind: str, **settings: Any) -> nn.Module:
+    """The detector of a config of this kind, initialised as MMDetection does."""
+    model: Any = from_config(config(kind, **settings))
     model.init_weights()
     return model
 

@@ -15,7 +15,7 @@ from dfine_plugin import UnsupportedModelError, WrapStateError, deploy, is_wrapp
 from dfine_plugin.registry import find_adapter
 
 from .hosts import build, images, labels, predict, wrapped
-from .mmdet_hosts import HOSTS, MMDetHost, config, missing, row, samples
+from .mmdet_hosts import HOSTS, MMDetHost, config, from_config, missing, row, samples
 
 pytestmark = [pytest.mark.mmdet, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
 DINO, TWO_STAGE, REFINE, PLAIN = HOSTS
@@ -203,9 +203,7 @@ def test_the_runner_trains_averages_and_resumes(kind: str, tmp_path: Path) -> No
 
 
 def test_settings_that_are_wrong_are_named_by_the_builder() -> None:
-    from mmdet.registry import MODELS
-
     import dfine_plugin.projects.mmdet  # noqa: F401
 
     with pytest.raises(TypeError, match="bins"):
-        MODELS.build(config("DINO") | {"type": "FDRDINO", "fdr": {"bins": 16}})
+        from_config(config("DINO") | {"type": "FDRDINO", "fdr": {"bins": 16}})

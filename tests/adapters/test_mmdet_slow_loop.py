@@ -52,7 +52,8 @@ def refine(host: MMDetHost, model: nn.Module, inputs: dict[str, Any]) -> slow.Pr
         scale = torch.cat([ratios, ratios], -1) if reference.shape[-1] == 4 else ratios
         scaled = reference[:, :, None] * scale[:, None]
         if host.dino:
-            position = decoder.ref_point_head(coordinate_to_encoding(scaled[:, :, 0], num_feats=hidden.shape[-1]))
+            num_feats = decoder.ref_point_head.layers[0].in_features // 4
+            position = decoder.ref_point_head(coordinate_to_encoding(scaled[:, :, 0], num_feats))
         hidden = layer(hidden, query_pos=position, reference_points=scaled, **inputs)
         head = model.bbox_head.cls_branches[index]
         logits = F.linear(decoder.norm(hidden) if host.dino else hidden, head.weight, head.bias)

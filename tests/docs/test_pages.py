@@ -29,7 +29,7 @@ from dfine_plugin.benchmarks.data.shapes import make_shapes
 from dfine_plugin.benchmarks.trained_hosts import TRAINED, load_trained
 from dfine_plugin.tools.commands import app as dfine_plugin_app
 
-from ..adapters import rtdetr_hosts
+from ..adapters import mmdet_hosts, rtdetr_hosts
 from ..adapters.detrex_hosts import missing
 from ..adapters.hosts import images, labels
 from ..coco_folder import SIDE, write_coco
@@ -106,6 +106,10 @@ def is_rtdetr(code: str) -> bool:
     return "wrap_criterion" in code
 
 
+def is_mmdet(code: str) -> bool:
+    return "mmdet" in code
+
+
 def is_snippet(code: str) -> bool:
     """Whether the block is a part of an example, which has a test of its own."""
     return code.startswith("--8<--")
@@ -115,7 +119,7 @@ def own_blocks(page: str) -> list[tuple[str, str]]:
     """What of a page is run: blocks of Python, and commands that are not left out."""
     found = []
     for language, code in all_blocks(page):
-        if language == "python" and not (is_detrex(code) or is_rtdetr(code) or is_snippet(code)):
+        if language == "python" and not any(kind(code) for kind in (is_detrex, is_rtdetr, is_mmdet, is_snippet)):
             found.append((language, code))
         elif language == "bash":
             found += [("bash", shlex.join(words)) for words in split_commands(code) if left_out(words) is None]
@@ -265,6 +269,21 @@ def test_rt_detr_of_its_authors_trains_as_it_is_written() -> None:
     }
     exec(compile(code, "docs/get-started.md", "exec"), found)
     assert {"loss_vfl", "loss_fgl", "loss_bbox_pre"} <= found["loss_dict"].keys()
+
+
+@pytest.mark.mmdet
+@pytest.mark.skipif(mmdet_hosts.missing() is not None, reason=mmdet_hosts.missing() or "")
+@pytest.mark.parametrize("page", ["README.md", "docs/get-started.md"])
+def test_configs_of_mmdetection_are_as_they_are_written(page: str, tmp_path: Path) -> None:
+    from mmengine.config import Config
+
+    (code,) = filter(is_mmdet, blocks(page, "python"))
+    (tmp_path / "config.py").write_text(code)
+    written = Config.fromfile(tmp_path / "config.py")
+    assert written.model.backbone.depth == 50  # of the base
+    small = Config({"model": mmdet_hosts.config("DINO")})
+    small.merge_from_dict({"model": {key: written.model[key] for key in ("type", "fdr")}})
+    assert is_wrapped(mmdet_hosts.from_config(small.model))
 
 
 def find_command(words: list[str]) -> tuple[Any, list[str]] | None:
