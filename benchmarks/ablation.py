@@ -116,7 +116,7 @@ def main(
     check_data(data)
     if HOSTS[host].calls_cuda and device == "cpu":
         console.print(f"{host} calls .cuda() in its own code: trained without these calls")
-    if save_models and host.startswith("detrex/"):
+    if save_models and "/" in host:
         raise typer.BadParameter(
             f"{host} has no save_pretrained: for hosts of transformers", param_hint="--save-models"
         )

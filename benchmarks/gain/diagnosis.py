@@ -141,7 +141,9 @@ def predict_layers(model: Any, pixels: Tensor, labels: list[dict[str, Tensor]]) 
     model: in evaluation mode. labels: the images', which hosts want to see before they make losses.
     """
     detector = getattr(model, "detector", model)
-    capture = _losses_of_detrex if detector is not model else _losses_of_transformers
+    capture = _losses_of_transformers
+    if detector is not model:
+        capture = _heads_of_mmdetection if hasattr(detector, "bbox_head") else _losses_of_detrex
     keep: AbstractContextManager[list[FDRRecord]] = keep_records(detector) if is_wrapped(detector) else nullcontext([])
     with capture(detector) as found, keep as records:
         model(pixel_values=pixels, labels=labels)
@@ -197,3 +199,21 @@ def _losses_of_detrex(detector: Any) -> Iterator[list[list[Tensor]]]:
     finally:
         detector.training = False
         hook.remove()
+
+
+@contextmanager
+def _heads_of_mmdetection(detector: Any) -> Iterator[list[list[Tensor]]]:
+    """Keep what the model's head reports of all layers."""
+    found: list[list[Tensor]] = []
+    forward = detector.bbox_head.forward
+
+    def keep(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        logits, boxes = forward(*args, **kwargs)
+        found.extend([[*logits], [*boxes]])
+        return logits, boxes
+
+    detector.bbox_head.forward = keep
+    try:
+        yield found
+    finally:
+        del detector.bbox_head.forward

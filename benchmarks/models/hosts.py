@@ -244,5 +244,13 @@ def _detrex(name: str, class_names: list[str], num_queries: int) -> nn.Module:
     return build_detrex_host(name, class_names, num_queries)
 
 
+def _mmdet(kind: str, class_names: list[str], num_queries: int) -> nn.Module:
+    from dfine_plugin.benchmarks.models.mmdet_hosts import build_mmdet_host
+
+    return build_mmdet_host(kind, class_names, num_queries)
+
+
+for _name, _kind in {"deformable-detr": "DeformableDETR", "dino": "DINO"}.items():
+    HOSTS[f"mmdet/{_name}"] = Host(partial(_mmdet, _kind), learning_rate=2e-3)
 for _name in CONFIGS:
     HOSTS[f"detrex/{_name}"] = Host(partial(_detrex, _name), learning_rate=5e-4, calls_cuda=_name in CALL_CUDA)

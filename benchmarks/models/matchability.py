@@ -23,7 +23,9 @@ def learn_classes_by_mal(model: nn.Module) -> None:
 
         detector.criterion.__class__ = _by_mal(type(detector.criterion), GOLSDCriterion)
         return
-    function = detector.loss_function
+    function = getattr(detector, "loss_function", None)
+    if function is None:
+        raise ValueError(f"{type(detector).__name__} has no loss function that MAL is known to fit")
     module = sys.modules[function.__module__]
     for ours in _criteria_of_transformers():
         for host_class in ours.__mro__:

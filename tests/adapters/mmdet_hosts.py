@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from .hosts import NUM_CLASSES, NUM_LAYERS, Host
+from dfine_plugin.benchmarks.models.mmdet_hosts import build_model, samples, small_config
+
+from .hosts import NUM_CLASSES, Host
 
 
 def missing() -> str | None:
@@ -25,123 +27,17 @@ def missing() -> str | None:
 
 WEIGHTS = {"loss_cls": 2.0, "loss_bbox": 5.0, "loss_iou": 2.0}
 COSTS = {"class": 2.0, "bbox": 5.0, "giou": 2.0}
-
-_PREPROCESSOR = {
-    "type": "DetDataPreprocessor",
-    "mean": [123.675, 116.28, 103.53],
-    "std": [58.395, 57.12, 57.375],
-    "bgr_to_rgb": True,
-    "pad_size_divisor": 1,
-}
+_MEAN, _STD = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
 
 
-def config(kind: str, num_layers: int = NUM_LAYERS, **settings: Any) -> dict[str, Any]:
+def config(kind: str, **settings: Any) -> dict[str, Any]:
     """A config of MMDetection's, small, of the detector of this kind: DINO or DeformableDETR."""
     # the code of a two-stage Deformable-DETR fixes its width; and of a DINO, in MMDetection up to 3.3
-    levels, width = 3, 256 if kind == "DINO" or settings.get("as_two_stage") else 32
-    attention = {"embed_dims": width, "num_heads": 4, "dropout": 0.0, "batch_first": True}
-    deformable = {**attention, "num_levels": levels}
-    feedforward = {"embed_dims": width, "feedforward_channels": 48, "ffn_drop": 0.0}
-    model: dict[str, Any] = {
-        "type": kind,
-        "num_queries": 12,
-        "with_box_refine": True,
-        "as_two_stage": False,
-        "num_feature_levels": levels,
-        "data_preprocessor": _PREPROCESSOR,
-        "backbone": {"type": "ResNet", "depth": 18, "base_channels": 8, "stem_channels": 8, "out_indices": (1, 2, 3)},
-        "neck": {
-            "type": "ChannelMapper",
-            "in_channels": [16, 32, 64],
-            "kernel_size": 1,
-            "out_channels": width,
-            "norm_cfg": {"type": "GN", "num_groups": 8},
-            "num_outs": levels,
-        },
-        "encoder": {
-            "num_layers": 1,
-            "layer_cfg": {"self_attn_cfg": deformable, "ffn_cfg": feedforward},
-        },
-        "decoder": {
-            "num_layers": num_layers,
-            "return_intermediate": True,
-            "layer_cfg": {
-                "self_attn_cfg": attention,
-                "cross_attn_cfg": deformable,
-                "ffn_cfg": feedforward,
-            },
-            "post_norm_cfg": None,
-        },
-        "positional_encoding": {"num_feats": width // 2, "normalize": True, "offset": -0.5},
-        "bbox_head": {
-            "type": f"{kind}Head",
-            "num_classes": NUM_CLASSES,
-            "sync_cls_avg_factor": True,
-            "embed_dims": width,
-            "loss_cls": {"type": "FocalLoss", "use_sigmoid": True, "gamma": 2.0, "alpha": 0.25, "loss_weight": 2.0},
-            "loss_bbox": {"type": "L1Loss", "loss_weight": 5.0},
-            "loss_iou": {"type": "GIoULoss", "loss_weight": 2.0},
-        },
-        "train_cfg": {
-            "assigner": {
-                "type": "HungarianAssigner",
-                "match_costs": [
-                    {"type": "FocalLossCost", "weight": 2.0},
-                    {"type": "BBoxL1Cost", "weight": 5.0, "box_format": "xywh"},
-                    {"type": "IoUCost", "iou_mode": "giou", "weight": 2.0},
-                ],
-            }
-        },
-        "test_cfg": {"max_per_img": 12},
-    }
+    width = 256 if kind == "DINO" or settings.get("as_two_stage") else 32
+    model = small_config(kind, NUM_CLASSES, num_queries=12, width=width)
     if kind == "DINO":
-        model["as_two_stage"] = True
-        model["dn_cfg"] = {
-            "label_noise_scale": 0.5,
-            "box_noise_scale": 1.0,
-            "group_cfg": {"dynamic": True, "num_groups": None, "num_dn_queries": 6},
-        }
-        model["positional_encoding"]["temperature"] = 20
-        model["positional_encoding"]["offset"] = 0.0
-    model.update(settings)
-    return model
-
-
-def from_config(model: Any) -> nn.Module:
-    """What MMDetection builds of a config's model."""
-    import mmdet.models  # noqa: F401  (registers them)
-    from mmdet.registry import MODELS
-    from mmengine.registry import init_default_scope
-
-    init_default_scope("mmdet")
-    return MODELS.build(model)
-
-
-def build_model(kind: str, **settings: Any) -> nn.Module:
-    """The detector of a config of this kind, initialised as MMDetection does."""
-    model: Any = from_config(config(kind, **settings))
-    model.init_weights()
-    return model
-
-
-def samples(
-    images: Tensor, labels: list[dict[str, Tensor]] | None = None, sizes: list[tuple[int, int]] | None = None
-) -> list[Any]:
-    """What MMDetection's data preprocessor gives a model beside the images, which may be padded: `sizes` are theirs."""
-    from mmdet.structures import DetDataSample
-    from mmengine.structures import InstanceData
-
-    padded = tuple(images.shape[-2:])
-    sizes = sizes or [padded] * len(images)
-    metas = [{"img_shape": size, "ori_shape": size, "scale_factor": (1.0, 1.0)} for size in sizes]
-    found = [DetDataSample(metainfo={**meta, "batch_input_shape": padded}) for meta in metas]
-    for sample, target in zip(found, labels or [], strict=bool(labels)):
-        centre, size = target["boxes"].split(2, dim=-1)
-        corners = torch.cat([centre - size / 2, centre + size / 2], dim=-1)
-        height, width = sample.img_shape
-        scale = corners.new_tensor([width, height, width, height])
-        sample.gt_instances = InstanceData(bboxes=corners * scale, labels=target["class_labels"].clone())
-    return found
+        model["dn_cfg"]["group_cfg"]["num_dn_queries"] = 6
+    return {**model, **settings}
 
 
 @dataclass(frozen=True)
@@ -172,7 +68,7 @@ class MMDetHost(Host):
         return list(zip(*model(images, samples(images), mode="tensor"), strict=True))
 
     def pixels(self, images: Tensor) -> Tensor:
-        mean, std = (torch.tensor(_PREPROCESSOR[name]).view(3, 1, 1).to(images) for name in ("mean", "std"))
+        mean, std = (torch.tensor(values).view(3, 1, 1).to(images) for values in (_MEAN, _STD))
         return (images * std + mean).flip(1)
 
     def without_auxiliary_losses(self, model: nn.Module) -> None:
@@ -183,7 +79,7 @@ def row(name: str, kind: str, fdr: dict[str, Any] | None = None, **settings: Any
     """A host of further settings; `fdr` is what its FDRConfig must say."""
     return MMDetHost(
         f"mmdet-{name}",
-        lambda: build_model(kind, **settings),
+        lambda: build_model(config(kind, **settings)),
         weighted_loss_dict=True,
         settings=fdr or {},
         missing=missing(),

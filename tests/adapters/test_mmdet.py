@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from dfine_plugin import UnsupportedModelError, WrapStateError, deploy, is_wrapped, unwrap_decoder, wrap_decoder
+from dfine_plugin.benchmarks.models.mmdet_hosts import build_model, samples
 from dfine_plugin.registry import find_adapter
 
 from .hosts import build, images, labels, predict, wrapped
-from .mmdet_hosts import HOSTS, MMDetHost, config, from_config, missing, row, samples
+from .mmdet_hosts import HOSTS, MMDetHost, config, missing, row
 
 pytestmark = [pytest.mark.mmdet, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
 DINO, TWO_STAGE, REFINE, PLAIN = HOSTS
@@ -206,4 +207,4 @@ def test_settings_that_are_wrong_are_named_by_the_builder() -> None:
     import dfine_plugin.projects.mmdet  # noqa: F401
 
     with pytest.raises(TypeError, match="bins"):
-        from_config(config("DINO") | {"type": "FDRDINO", "fdr": {"bins": 16}})
+        build_model(config("DINO") | {"type": "FDRDINO", "fdr": {"bins": 16}})

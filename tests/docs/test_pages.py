@@ -26,6 +26,7 @@ import dfine_plugin
 from dfine_plugin import FDRHead, is_wrapped, load_pretrained, registry, weighting_function, wrap_decoder
 from dfine_plugin.benchmarks.data.detection_data import TrainingView, collate
 from dfine_plugin.benchmarks.data.shapes import make_shapes
+from dfine_plugin.benchmarks.models.mmdet_hosts import build_model
 from dfine_plugin.benchmarks.trained_hosts import TRAINED, load_trained
 from dfine_plugin.tools.commands import app as dfine_plugin_app
 
@@ -283,7 +284,7 @@ def test_configs_of_mmdetection_are_as_they_are_written(page: str, tmp_path: Pat
     assert written.model.backbone.depth == 50  # of the base
     small = Config({"model": mmdet_hosts.config("DINO")})
     small.merge_from_dict({"model": {key: written.model[key] for key in ("type", "fdr")}})
-    assert is_wrapped(mmdet_hosts.from_config(small.model))
+    assert is_wrapped(build_model(small.model))
 
 
 def find_command(words: list[str]) -> tuple[Any, list[str]] | None:
