@@ -9,8 +9,6 @@ from typing import Any, ClassVar
 from mmdet.models.detectors import DINO
 from mmdet.models.layers import DeformableDetrTransformerDecoder, DinoTransformerDecoder
 from mmdet.models.losses import FocalLoss, GIoULoss, L1Loss, QualityFocalLoss
-from mmdet.structures import DetDataSample
-from mmdet.structures.bbox import bbox_xyxy_to_cxcywh
 from torch import Tensor, nn
 
 from dfine_plugin.config import FDRConfig
@@ -26,7 +24,7 @@ from ..host_parts import Host, Retired
 from ..refining_heads import RefiningBoxHead
 from .decoder import FDRDeformableDetrDecoder, FDRDinoDecoder, InitialBoxHead
 from .detector import MMDetDetector
-from .head import DeformableDETRHead, DINOHead, FDRDeformableDETRHead, FDRDINOHead
+from .head import DeformableDETRHead, DINOHead, FDRDeformableDETRHead, FDRDINOHead, relative_target
 
 DECODER = "decoder"
 
@@ -128,9 +126,10 @@ class DeformableDetrAdapter:
         if not model.training or given.get("mode") != "loss":
             return
         host_parts.warn_of_frozen_head(model, f"{DECODER}.fdr")
-        targets = [_relative_boxes(sample) for sample in given["data_samples"]]
+        targets = [relative_target(sample.gt_instances, sample.metainfo) for sample in given["data_samples"]]
+        named = [{"labels": target["labels"], "bboxes": target["boxes"]} for target in targets]  # as the host does
         num_classes = model.bbox_head.num_classes
-        check_targets(targets, num_classes, labels_key="labels", boxes_key="bboxes", images=given["inputs"])
+        check_targets(named, num_classes, labels_key="labels", boxes_key="bboxes", images=given["inputs"])
         if isinstance(model, DINO) and not any(len(target["labels"]) for target in targets):
             current_scope().idle.append(model.dn_query_generator.label_embedding.weight)
 
@@ -144,14 +143,6 @@ class DeformableDetrAdapter:
     def detector(self, model: Host) -> nn.Module:
         """See :class:`~dfine_plugin.registry.Adapter`."""
         return MMDetDetector(model)
-
-
-def _relative_boxes(sample: DetDataSample) -> dict[str, Tensor]:
-    """An image's truths under their own names, boxes as cxcywh in image sides."""
-    height, width = sample.img_shape[:2]
-    boxes = sample.gt_instances.bboxes
-    relative = bbox_xyxy_to_cxcywh(boxes / boxes.new_tensor([width, height, width, height]))
-    return {"labels": sample.gt_instances.labels, "bboxes": relative}
 
 
 def _init_weights(model: Host) -> None:

@@ -145,7 +145,8 @@ def samples(
     from mmdet.structures import DetDataSample
     from mmengine.structures import InstanceData
 
-    padded = tuple(images.shape[-2:])
+    height, width = images.shape[-2:]
+    padded = height, width
     sizes = sizes or [padded] * len(images)
     metas = [{"img_shape": size, "ori_shape": size, "scale_factor": (1.0, 1.0)} for size in sizes]
     found = [DetDataSample(metainfo={**meta, "batch_input_shape": padded}) for meta in metas]
