@@ -213,7 +213,7 @@ _VIT: dict[str, Any] = {
 }
 
 
-@host("lw-detr", learning_rate=1e-3)
+@host("lw-detr", learning_rate=2e-3)
 def lw_detr(class_names: list[str], num_queries: int) -> nn.Module:
     """LW-DETR, 0.5 M parameters: a ViT of four layers, two levels, three groups of queries."""
     from transformers import LwDetrConfig, LwDetrForObjectDetection, LwDetrViTConfig
