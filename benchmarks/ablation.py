@@ -120,6 +120,8 @@ def main(
         raise typer.BadParameter(
             f"{host} has no save_pretrained: for hosts of transformers", param_hint="--save-models"
         )
+    if class_loss == "mal" and host.startswith("mmdet/"):
+        raise typer.BadParameter("no baseline of MMDetection's learns its classes by MAL", param_hint="--class-loss")
     try:
         rows = parse_variants(variants)
     except ValueError as error:
