@@ -76,7 +76,7 @@ def load_pretrained(path: str | Path, **kwargs: Any) -> nn.Module:
     return saving.load_pretrained(path, **kwargs)
 
 
-def open_checkpoint(path: str | Path, trust: Sequence[str] = ()) -> Checkpoint:
+def open_checkpoint(path: str | Path, trust: Sequence[str] = (), text: str | None = None) -> Checkpoint:
     """The checkpoint in a folder.
 
     Args:
@@ -84,18 +84,21 @@ def open_checkpoint(path: str | Path, trust: Sequence[str] = ()) -> Checkpoint:
             of detrex's trainer, whose latest checkpoint is taken; or one of the ``.pth`` files in there.
         trust: packages, beside detectron2, detrex and this one, whose code a run's config may call. Nothing else of
             what lies in the folder is run: weights are read as tensors, configs as data, and pickles not at all.
+        text: what to look for, of a model that takes a text beside images: phrases that end in a full stop each.
 
     Raises:
-        ValueError: there is neither.
+        ValueError: there is neither, or a model that wants a text and has none, or the other way round.
         ImportError: the library that wrote it is not installed.
     """
     path = Path(path)
     if (path / "config.json").is_file():
         from .adapters.transformers.checkpoint import TransformersCheckpoint
 
-        return TransformersCheckpoint(path)
+        return TransformersCheckpoint(path, text)
     folder, weights = (path.parent, path) if path.suffix == ".pth" else (path, None)
     if (folder / "config.yaml").is_file():
+        if text is not None:
+            raise ValueError(f"{folder} holds a run of detrex, whose models take no text")
         try:
             from .adapters.detrex.checkpoint import DetrexCheckpoint
         except ImportError as error:

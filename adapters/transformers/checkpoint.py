@@ -9,13 +9,21 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForObjectDetection
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForObjectDetection,
+    AutoModelForZeroShotObjectDetection,
+    AutoTokenizer,
+)
+from transformers.models.grounding_dino.modeling_grounding_dino import SPECIAL_TOKENS
 from transformers.utils import IMAGE_PROCESSOR_NAME, logging
 
 from dfine_plugin.errors import first_line
 from dfine_plugin.tools.image_sizes import check_image_size
 
 from ..host_parts import Host
+from .prompt import fix_prompt, phrases
 from .saving import SETTINGS, load_pretrained
 
 IMAGE_SIZE = 640
@@ -27,34 +35,52 @@ class TransformersCheckpoint:
 
     A ``preprocessor_config.json`` beside the weights, as ``save_pretrained`` of an image processor writes it, says what
     becomes of images. Without one they are scaled to a square, and their values to ``[0, 1]``.
+
+    A model that takes a text beside images is asked with one text for all of them, in tokens of the tokenizer that lies
+    beside the weights, and its classes are the phrases of that text.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, text: str | None = None) -> None:
         self.folder = folder
-        self.processor = None
+        self.text = text
+        self.processor = self.tokenizer = None
         try:
             self.config = AutoConfig.from_pretrained(folder)
+            self.takes_text = hasattr(self.config, "text_config")
+            if self.takes_text and text is None:
+                raise ValueError("it wants a text beside each image, such as 'a cat. a dog.', and none is given")
+            if text is not None and not self.takes_text:
+                raise ValueError("it takes no text")
             if (folder / IMAGE_PROCESSOR_NAME).is_file():
                 self.processor = AutoImageProcessor.from_pretrained(folder)
+            if self.takes_text:
+                self.tokenizer = AutoTokenizer.from_pretrained(folder)
+                # without its files transformers makes one that knows no words
+                if self.tokenizer.convert_tokens_to_ids(".") not in SPECIAL_TOKENS:
+                    raise ValueError("there is no tokenizer of its own beside it: save the processor there, too")
         except (OSError, ValueError) as error:
             raise ValueError(f"{folder} cannot be read: {first_line(error)}") from error
-        if hasattr(self.config, "text_config"):
-            raise ValueError(
-                f"{folder} holds a {self.config.model_type}, which wants a text beside each image, and commands have "
-                "none to give; in Python, dfine_plugin.adapters.transformers.prompt.fix_prompt does"
-            )
 
     def __str__(self) -> str:
         return self.folder.name
 
     def load(self) -> Host:
         """See :class:`~dfine_plugin.checkpoints.Checkpoint`."""
-        load = load_pretrained if hasattr(self.config, SETTINGS) else AutoModelForObjectDetection.from_pretrained
+        kind = AutoModelForZeroShotObjectDetection if self.takes_text else AutoModelForObjectDetection
+        load = load_pretrained if hasattr(self.config, SETTINGS) else kind.from_pretrained
         logging.disable_progress_bar()
         try:
-            return load(self.folder, dtype=torch.float32).eval()
+            model = load(self.folder, dtype=torch.float32).eval()
         except (OSError, RuntimeError, ValueError, SafetensorError) as error:
             raise ValueError(f"{self.folder} cannot be loaded: {first_line(error)}") from error
+        if self.takes_text:
+            fix_prompt(model, **self.tokens())
+        return model
+
+    def tokens(self) -> dict[str, Tensor]:
+        """The text's, as the model takes them."""
+        assert self.tokenizer is not None
+        return dict(self.tokenizer(self.text, return_tensors="pt"))
 
     def check_size(self, size: tuple[int, int]) -> None:
         """See :class:`~dfine_plugin.checkpoints.Checkpoint`."""
@@ -83,4 +109,7 @@ class TransformersCheckpoint:
 
     def class_names(self) -> Mapping[int, str]:
         """See :class:`~dfine_plugin.checkpoints.Checkpoint`."""
-        return self.config.id2label
+        if self.tokenizer is None:
+            return self.config.id2label
+        (ids,) = self.tokens()["input_ids"]
+        return {number: self.tokenizer.decode(ids[phrase]) for number, phrase in enumerate(phrases(ids))}

@@ -14,7 +14,6 @@ from typing import Any, ClassVar
 import torch
 from packaging.version import Version
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers.loss.loss_grounding_dino import (
     GroundingDinoHungarianMatcher,
     GroundingDinoImageLoss,
@@ -30,7 +29,7 @@ from dfine_plugin.registry import register_adapter
 
 from .. import host_parts, recomputed_boxes, refining_heads, union_criterion
 from . import adapter as hf
-from .prompt import PromptedDetector
+from .prompt import PromptedDetector, count_phrases, token_shares
 
 LEAST_RELEASE = "5.23.0"
 """Of transformers: the losses of wrapped hosts were compared with slow ones there, and differ with release 5.2."""
@@ -92,7 +91,7 @@ class PhraseCost(MatchingCost):
     """A matching cost whose class cost is the mean of the focal costs of the tokens in the phrase of a truth's class.
 
     Attributes:
-        shares: ``(B, T, K)``, of T tokens in K classes: :func:`token_shares`.
+        shares: ``(B, T, K)``, of T tokens in K classes: :func:`~.prompt.token_shares`.
     """
 
     shares: Tensor = field(kw_only=True)
@@ -102,16 +101,6 @@ class PhraseCost(MatchingCost):
         with torch.autocast(self.shares.device.type, enabled=False):
             costs = torch.stack([self.focal(x) @ self.shares.to(x.dtype) for x in logits], dim=1)  # (B, S, Q, K)
         return costs[images, :, :, labels]
-
-
-def token_shares(label_maps: Sequence[Tensor]) -> Tensor:
-    """What each token contributes to each class: ``(B, T, K)``, of a class that an image's text has adding up to 1.
-
-    Args:
-        label_maps: for each image ``(K_i, T)``, 1 for the tokens of a class and 0 for all others.
-    """
-    maps = pad_sequence(list(label_maps), batch_first=True)
-    return (maps / maps.sum(-1, keepdim=True).clamp(min=1)).transpose(1, 2)
 
 
 class UnionGroundingDinoLoss(union_criterion.UnionCriterion, GroundingDinoImageLoss):
@@ -204,17 +193,6 @@ class GroundingDinoGOLSDLoss(hf.GOLSDLoss):
         }
         total = hf.weighted_total(losses, weights, [*suffixes, "_pre", "_enc"])
         return total, losses, auxiliary or None
-
-
-def count_phrases(input_ids: Tensor) -> Tensor:
-    """How many classes each text names, ``(B,)``: runs of tokens between those that the host takes for delimiters.
-
-    Args:
-        input_ids: ``(B, T)``.
-    """
-    delimiters = torch.tensor([*host.SPECIAL_TOKENS, 0], device=input_ids.device)  # 0 pads
-    is_delimiter = torch.isin(input_ids, delimiters)
-    return (is_delimiter[:, :-1] & ~is_delimiter[:, 1:]).sum(1)
 
 
 def release_too_old() -> str | None:

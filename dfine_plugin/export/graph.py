@@ -5,7 +5,7 @@ import json
 import logging
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from .. import __version__
-from ..errors import UnsupportedModelError, WrapStateError
+from ..errors import WrapStateError
 from ..registry import find_adapter
 from ..tools.writing import written_whole
 from ..wrapping import binding_of, deploy
@@ -77,7 +77,7 @@ def export_onnx(
         ``path``.
 
     Raises:
-        UnsupportedModelError: no adapter knows the model, or it takes a text beside images.
+        UnsupportedModelError: no adapter knows the model, or it takes a text beside images and none has been fixed.
         WrapStateError: the model is in training mode.
         ValueError: an opset below 18, more detections than the model has, deviations of a model that is not wrapped, or
             a host that takes the number of images for a constant with a ``batch_size`` of None.
@@ -135,10 +135,7 @@ def exported_model(
 ) -> ir.Model:
     """The float32 graph of :func:`export_onnx`."""
     detector = inference_module(model)
-    if not getattr(detector, "exports", True):
-        raise UnsupportedModelError(
-            f"this {type(model).__name__} takes a text; the export makes graphs of images alone"
-        )
+    in_graph = getattr(detector, "in_graph", nullcontext)
     if deviations:
         if binding_of(model) is None:
             name = type(model).__name__
@@ -161,7 +158,7 @@ def exported_model(
         names = {"input_names": ["images", "target_sizes"], "output_names": ["scores", "labels", "boxes"]}
     if deviations:
         names["output_names"].append("deviations")
-    with torch.no_grad(), static_sizes(), _quiet():
+    with torch.no_grad(), static_sizes(), _quiet(), in_graph(images[:1]):
         program = _trace(detector, inputs, dynamic_batch=batch_size is None)
         onnx_program = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False, **names)
     assert onnx_program is not None

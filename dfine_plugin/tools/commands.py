@@ -115,6 +115,10 @@ TrustOption = Annotated[
     list[str] | None,
     typer.Option(help="a package whose code the config of a run of detrex may call, beside detectron2 and detrex"),
 ]
+TextOption = Annotated[
+    str | None,
+    typer.Option(help="what to look for, of a model that takes a text beside images, such as 'a cat. a dog.'"),
+]
 
 
 @app.command()
@@ -145,6 +149,7 @@ def export(
         typer.Option(exists=True, file_okay=False, help="COCO-format folder: compare on its val split, AP too"),
     ] = None,
     threshold: Annotated[float, typer.Option(min=0, max=1, help="least score of detections to compare")] = 0.3,
+    text: TextOption = None,
     trust: TrustOption = None,
 ) -> None:
     """Write a model as ONNX, and compare its detections with torch's on images; exits with 3 where they differ."""
@@ -162,7 +167,7 @@ def export(
     paths = split.image_paths() if split else _image_files(images) if images else []
     for path in paths:
         _picture(path, "--data" if split else "--images")
-    checkpoint = _open(model, image_size, trust)
+    checkpoint = _open(model, image_size, trust, text)
     height, width = size = image_size or input_size(checkpoint)
     detector = _load(checkpoint)
     if num_layers is not None:
@@ -247,6 +252,7 @@ def show(
     threshold: Annotated[float, typer.Option(min=0, max=1, help="least score of a detection")] = 0.5,
     top: Annotated[int, typer.Option(min=1, help="how many detections, the best first, to show in detail")] = 3,
     layers: Annotated[Layers, typer.Option(help="decoder layers to show")] = Layers.last,
+    text: TextOption = None,
     trust: TrustOption = None,
     dpi: Annotated[int, typer.Option(min=20, max=1200, help="pixels an inch; the picture is 14 inches wide")] = 100,
     output: Annotated[
@@ -261,7 +267,7 @@ def show(
     from .writing import written_whole
 
     picture = _picture(image, "--image")
-    checkpoint = _open(model, image_size, trust)
+    checkpoint = _open(model, image_size, trust, text)
     detector = _load(checkpoint)
     with _told("--model"):
         logits, _, record = predict_distributions(detector, checkpoint.preprocess(picture, image_size))
@@ -287,12 +293,12 @@ def _told(option: str | None = None) -> Iterator[None]:
         raise typer.BadParameter(str(error), param_hint=option) from error
 
 
-def _open(path: Path, size: tuple[int, int] | None, trust: list[str] | None) -> Checkpoint:
+def _open(path: Path, size: tuple[int, int] | None, trust: list[str] | None, text: str | None) -> Checkpoint:
     """The checkpoint at a path, for images of a size: nothing of its weights is read."""
     from ..checkpoints import open_checkpoint
 
     with _told("--model"):
-        checkpoint = open_checkpoint(path, trust or ())
+        checkpoint = open_checkpoint(path, trust or (), text)
     with _told("--image-size"):
         if size is not None:
             checkpoint.check_size(size)

@@ -28,13 +28,6 @@ SIZE = IMAGE_SIZE, IMAGE_SIZE
 FEWER = NUM_LAYERS - 1
 
 
-@pytest.fixture
-def exported_host(host: Host) -> Host:
-    if "grounding" in host.name:
-        pytest.skip(f"{host} takes a text: the export refuses it")
-    return host
-
-
 @torch.no_grad()
 def expected(model: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor]:
     return find_adapter(model).detector(model)(inputs)
@@ -69,8 +62,7 @@ def test_a_deployed_model_compiles_without_graph_breaks(host: Host, num_layers: 
 
 
 @pytest.mark.slow
-def test_onnx_gives_what_torch_gives_for_any_batch(exported_host: Host, tmp_path: Path) -> None:
-    host = exported_host
+def test_onnx_gives_what_torch_gives_for_any_batch(host: Host, tmp_path: Path) -> None:
     model = wrapped(host)
     one_by_one = host.name in ("detrex-dino-eva", "detrex-focus-detr")  # their code goes from image to image
     if one_by_one:
@@ -89,8 +81,7 @@ def test_onnx_gives_what_torch_gives_for_any_batch(exported_host: Host, tmp_path
 
 
 @pytest.mark.slow
-def test_a_graph_in_half_precision_of_fewer_layers_says_so_and_keeps_boxes(exported_host: Host, tmp_path: Path) -> None:
-    host = exported_host
+def test_a_graph_in_half_precision_of_fewer_layers_says_so_and_keeps_boxes(host: Host, tmp_path: Path) -> None:
     model = deploy(wrapped(host), FEWER)
     path = export_onnx(model, tmp_path / "model.onnx", SIZE, precision="fp16")
     onnx.checker.check_model(str(path), full_check=True)

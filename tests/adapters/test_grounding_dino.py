@@ -1,6 +1,7 @@
 """What only hosts have that take a text: phrases for classes, texts that differ, a text that is fixed."""
 
 import copy
+import itertools
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,8 @@ from transformers.loss.loss_grounding_dino import GroundingDinoHungarianMatcher,
 from transformers.models.grounding_dino.modeling_grounding_dino import SPECIAL_TOKENS, build_label_maps
 
 from dfine_plugin import FDRConfig, InvalidTargetError, UnsupportedModelError, calibrate, deploy, wrap_decoder
-from dfine_plugin.adapters.transformers.grounding_dino import UnionGroundingDinoLoss, count_phrases
-from dfine_plugin.adapters.transformers.prompt import fix_prompt
+from dfine_plugin.adapters.transformers.grounding_dino import UnionGroundingDinoLoss
+from dfine_plugin.adapters.transformers.prompt import class_logits, count_phrases, fix_prompt, token_shares
 from dfine_plugin.export import export_onnx
 from dfine_plugin.registry import find_adapter
 from dfine_plugin.validation import FiniteCheck
@@ -111,7 +112,10 @@ def test_a_fixed_text_stands_for_the_text_of_all_images(host: TextHost) -> None:
         with torch.no_grad():
             logits, boxes = find_adapter(network).detector(network)(images())
             expected = network(images(), **{name: tokens.expand(2, -1) for name, tokens in text.items()})
-        assert torch.equal(logits, expected.logits)
+        # of three phrases, and a class has the mean of its tokens' probabilities
+        tokens = expected.logits.sigmoid()
+        classes = torch.stack([tokens[..., [1]], tokens[..., [3, 4, 5]].mean(-1, True), tokens[..., [7]]], -2)[..., 0]
+        torch.testing.assert_close(logits.sigmoid(), classes, atol=2e-7, rtol=1e-4)
         assert torch.equal(boxes, expected.pred_boxes)
 
 
@@ -122,10 +126,42 @@ def test_without_a_fixed_text_images_alone_are_refused(host: TextHost) -> None:
             call(model, [images()] if call is calibrate else images())
 
 
-def test_the_export_refuses_what_takes_a_text(host: TextHost, tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModelError, match="takes a text; the export makes graphs of images alone"):
-        export_onnx(wrapped(host), tmp_path / "model.onnx", (64, 64))
+def test_without_a_fixed_text_nothing_is_exported(host: TextHost, tmp_path: Path) -> None:
+    model = type(build(host))(build(host).config).eval()
+    with pytest.raises(UnsupportedModelError, match=r"is asked with images and a text.*fix_prompt\(model"):
+        export_onnx(model, tmp_path / "model.onnx", (64, 64))
     assert not (tmp_path / "model.onnx").exists()
+
+
+def test_what_is_computed_in_a_graph_is_the_same_without_the_text_encoder(host: TextHost) -> None:
+    """And the host's module has its own function again after it."""
+    model = deploy(wrapped(host))
+    detector = find_adapter(copy.deepcopy(model)).detector(copy.deepcopy(model))
+    with torch.no_grad():
+        expected = detector(images())
+        with detector.in_graph(images()[:1]):
+            found = detector(images())
+        assert not [name for name, _ in detector.named_parameters() if "text_backbone" in name]
+        assert torch.equal(find_adapter(model).detector(model)(images())[0], expected[0])
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+
+
+@given(st.integers(0, 10_000))
+def test_the_probability_of_a_class_is_the_mean_of_its_tokens(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = 5 * torch.randn(2, 3, 6, generator=generator, dtype=torch.float64)
+    logits[..., 5] = -torch.inf
+    logits.requires_grad_(True)
+    owners = torch.tensor([[0, 1, 1, 0, 0, 0], [0, 0, 0, 1, 0, 0], [1, 0, 0, 0, 1, 0]])
+    found = class_logits(logits, token_shares([owners])[0])
+    slow = torch.zeros(2, 3, 3, dtype=torch.float64)
+    for image, query, label in itertools.product(range(2), range(3), range(3)):
+        mine = [float(logits.detach()[image, query, token].sigmoid()) for token in range(6) if owners[label, token]]
+        slow[image, query, label] = sum(mine) / len(mine)
+    torch.testing.assert_close(found.sigmoid(), slow, atol=2e-7, rtol=1e-6)
+    (gradient,) = torch.autograd.grad(found.sum(), logits)
+    assert gradient.isfinite().all()
 
 
 @pytest.mark.parametrize("text", [TEXTS, TEXTS[0], "a cat."], ids=["two texts", "no batch", "no tokens"])
@@ -134,6 +170,14 @@ def test_a_text_that_is_none_is_not_fixed(text: object) -> None:
         fix_prompt(nn.Identity(), text)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"of one text; attention_mask is none"):
         fix_prompt(nn.Identity(), TEXT["input_ids"], attention_mask=text)  # type: ignore[arg-type]
+
+
+def test_a_text_without_classes_or_too_long_is_not_fixed(host: TextHost) -> None:
+    model = build(host)
+    with pytest.raises(ValueError, match="the text names no class"):
+        fix_prompt(model, torch.tensor([[101, 1012, 102, 0]]))
+    with pytest.raises(ValueError, match="the text has 17 tokens, and the model takes 16"):
+        fix_prompt(model, torch.tensor([[101, *range(20, 36)]]))
 
 
 def test_box_heads_that_model_and_decoder_do_not_share_are_refused() -> None:

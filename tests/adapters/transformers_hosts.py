@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from dfine_plugin.adapters.transformers.grounding_dino import release_too_old
-from dfine_plugin.adapters.transformers.prompt import fix_prompt
+from dfine_plugin.adapters.transformers.prompt import class_logits, fix_prompt
 
 from .hosts import IMAGE_SIZE, NUM_CLASSES, NUM_LAYERS, Host, labels
 
@@ -233,6 +233,13 @@ class TextHost(TransformersHost):
         logits, boxes = super().predict(model, images)
         assert (logits[..., TEXT_LENGTH:] == -torch.inf).all()
         return logits[..., :TEXT_LENGTH], boxes
+
+    def predict_layers(self, model: nn.Module, images: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Logits of classes, as the model's adapter has them, and boxes."""
+        shares = torch.zeros(model.config.max_text_len, len(PHRASES))
+        for label, tokens in enumerate(PHRASES):
+            shares[list(tokens), label] = 1 / len(tokens)
+        return [(class_logits(logits, shares), boxes) for logits, boxes in super().predict_layers(model, images)]
 
 
 HOSTS = [

@@ -182,8 +182,11 @@ def test_checkpoints_that_cannot_be_read(tmp_path: Path) -> None:
     said = f"Invalid value for --model: {tmp_path} cannot be loaded: Unrecognized configuration class .*AutoModel"
     assert re.search(rf"{said}ForObjectDetection\. ", refused(*call))
     wrapped(ROWS["grounding-dino"]).config.save_pretrained(tmp_path)
-    said = f"Invalid value for --model: {tmp_path} holds a grounding-dino, which wants a text beside each image"
-    assert said in refused(*call)
+    said = f"Invalid value for --model: {tmp_path} cannot be read: "
+    assert f"{said}it wants a text beside each image, such as 'a cat. a dog.', and none" in refused(*call)
+    assert f"{said}there is no tokenizer of its own beside it" in refused(*call, "--text", "a cat.")
+    wrapped(ROWS["rt-detr"]).config.save_pretrained(tmp_path)
+    assert f"{said}it takes no text" in refused(*call, "--text", "a cat.")
 
 
 def test_more_detections_than_there_are(tmp_path: Path) -> None:
