@@ -120,8 +120,8 @@ def main(
         raise typer.BadParameter(
             f"{host} has no save_pretrained: for hosts of transformers", param_hint="--save-models"
         )
-    if class_loss == "mal" and host.startswith("mmdet/"):
-        raise typer.BadParameter("no baseline of MMDetection's learns its classes by MAL", param_hint="--class-loss")
+    if class_loss == "mal" and not HOSTS[host].bare_learns_by_mal:
+        raise typer.BadParameter(f"no baseline {host} learns its classes by MAL", param_hint="--class-loss")
     try:
         rows = parse_variants(variants)
     except ValueError as error:

@@ -14,6 +14,7 @@ from torchvision.ops import batched_nms, box_convert
 
 from dfine_plugin.benchmarks.data.detection_data import DetectionData, normalise
 from dfine_plugin.benchmarks.gain.evaluation import Detected, coco_metrics, read_out
+from dfine_plugin.benchmarks.models.text_hosts import Prompted
 from dfine_plugin.boxes import edge_offsets, to_corners
 from dfine_plugin.record import FDRRecord
 from dfine_plugin.wrapping import binding_of, is_wrapped, keep_records
@@ -156,6 +157,8 @@ def predict_layers(model: Any, pixels: Tensor, labels: list[dict[str, Tensor]]) 
         record = records[0].queries(matched)
         assert record.initial_logits is not None
         layers = {INITIAL: (record.initial_logits, record.initial_boxes), **layers}
+    if isinstance(model, Prompted):
+        layers = {name: (model.of_classes(of_tokens), boxes) for name, (of_tokens, boxes) in layers.items()}
     return layers
 
 
@@ -165,7 +168,8 @@ def _losses_of_transformers(detector: Any) -> Iterator[list[list[Tensor]]]:
     found: list[list[Tensor]] = []
 
     def keep(logits: Tensor, labels: Any, device: Any, boxes: Tensor, config: Any, *layers: Tensor, **more: Any) -> Any:
-        classes, coordinates = layers[:2] if layers else (more["outputs_class"], more["outputs_coord"])
+        named = "outputs_class" in more
+        classes, coordinates = (more["outputs_class"], more["outputs_coord"]) if named else layers[:2]
         # the layers are the second axis in RT-DETR, the first one elsewhere
         axis = 1 if classes[:, -1].shape == logits.shape and torch.equal(classes[:, -1], logits) else 0
         # the last layer as the host reports it: Conditional-DETR norms its states once more

@@ -29,12 +29,13 @@ class Host:
     learning_rate: float  # where --tune-lr starts from, and what is used without it
     clip_norm: float = 0.1
     calls_cuda: bool = False  # in its own training code, whatever the device
+    bare_learns_by_mal: bool = True  # with --class-loss mal
 
 
 HOSTS: dict[str, Host] = {}
 
 
-def host(name: str, learning_rate: float) -> Callable[[Builder], Builder]:
+def host(name: str, learning_rate: float, bare_learns_by_mal: bool = True) -> Callable[[Builder], Builder]:
     """Register the decorated builder of a transformers host under `name`; weights are drawn as its authors do."""
 
     def register(build: Builder) -> Builder:
@@ -45,7 +46,7 @@ def host(name: str, learning_rate: float) -> Callable[[Builder], Builder]:
             initialise_from_scratch(model)
             return model
 
-        HOSTS[name] = Host(from_scratch, learning_rate)
+        HOSTS[name] = Host(from_scratch, learning_rate, bare_learns_by_mal=bare_learns_by_mal)
         return build
 
     return register
@@ -238,6 +239,67 @@ def rf_detr(class_names: list[str], num_queries: int) -> nn.Module:
     return RfDetrForObjectDetection(config)
 
 
+def _grounding_dino(class_names: list[str], num_queries: int) -> dict[str, Any]:
+    """What the two Grounding DINOs have in common: a BERT of one layer, the class names for a text.
+
+    Two stages, for transformers has no other; its loss does not reach the proposals' boxes and scores.
+    """
+    from transformers import BertConfig, ResNetConfig
+
+    from dfine_plugin.benchmarks.models.text_hosts import FIRST_NAME
+
+    text = {
+        "vocab_size": FIRST_NAME + len(class_names),
+        "hidden_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "intermediate_size": 128,
+        "max_position_embeddings": 64,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    }
+    return {
+        "backbone_config": ResNetConfig(**_RESNET),
+        "text_config": BertConfig(**text),
+        "max_text_len": 2 + 2 * len(class_names),
+        "d_model": 64,
+        "num_feature_levels": 3,
+        "encoder_layers": 1,
+        "encoder_ffn_dim": 128,
+        "encoder_attention_heads": 4,
+        "decoder_layers": 3,
+        "decoder_ffn_dim": 128,
+        "decoder_attention_heads": 4,
+        "num_queries": num_queries,
+        "auxiliary_loss": True,
+        "dropout": 0.0,
+        "fusion_droppath": 0.0,
+        **_labels(class_names),
+    }
+
+
+@host("grounding-dino", learning_rate=1e-3, bare_learns_by_mal=False)
+def grounding_dino(class_names: list[str], num_queries: int) -> nn.Module:
+    """Grounding DINO: two stages, no denoising, similarities with the class names' tokens for classes."""
+    from transformers import GroundingDinoConfig
+
+    from dfine_plugin.benchmarks.models.text_hosts import PromptedGroundingDinoForObjectDetection
+
+    config = GroundingDinoConfig(**_grounding_dino(class_names, num_queries))
+    return PromptedGroundingDinoForObjectDetection(config)
+
+
+@host("mm-grounding-dino", learning_rate=1e-3, bare_learns_by_mal=False)
+def mm_grounding_dino(class_names: list[str], num_queries: int) -> nn.Module:
+    """MM Grounding DINO, the same sizes: similarities scaled by the width, with a bias."""
+    from transformers import MMGroundingDinoConfig
+
+    from dfine_plugin.benchmarks.models.text_hosts import PromptedMMGroundingDinoForObjectDetection
+
+    config = MMGroundingDinoConfig(**_grounding_dino(class_names, num_queries))
+    return PromptedMMGroundingDinoForObjectDetection(config)
+
+
 def _detrex(name: str, class_names: list[str], num_queries: int) -> nn.Module:
     from dfine_plugin.benchmarks.models.detrex_hosts import build_detrex_host
 
@@ -251,6 +313,6 @@ def _mmdet(kind: str, class_names: list[str], num_queries: int) -> nn.Module:
 
 
 for _name, _kind in {"deformable-detr": "DeformableDETR", "dino": "DINO"}.items():
-    HOSTS[f"mmdet/{_name}"] = Host(partial(_mmdet, _kind), learning_rate=2e-3)
+    HOSTS[f"mmdet/{_name}"] = Host(partial(_mmdet, _kind), learning_rate=2e-3, bare_learns_by_mal=False)
 for _name in CONFIGS:
     HOSTS[f"detrex/{_name}"] = Host(partial(_detrex, _name), learning_rate=5e-4, calls_cuda=_name in CALL_CUDA)

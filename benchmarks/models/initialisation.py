@@ -19,6 +19,9 @@ PRIOR = 0.01
 GROUPED = ("lw_detr", "rf_detr")
 """Hosts with groups of queries, by transformers' names."""
 
+GROUNDED = ("grounding-dino", "mm-grounding-dino")
+"""Hosts whose classes are a text's, likewise."""
+
 
 def initialise_from_scratch(model: nn.Module) -> None:
     """Draw all weights of a transformers host anew, in place, from torch's global generator; nothing stays frozen.
@@ -36,13 +39,23 @@ def initialise_from_scratch(model: nn.Module) -> None:
     - LW-DETR and RF-DETR (official `LWDETR`): the ViT as transformers draws it; Xavier in all of the decoder and in the
       encoder's output; zeros in references' offsets and in the last layers of box heads; the encoder's heads as copies
       of the model's.
-    - Class biases: the focal loss's prior.
+    - Grounding DINO and MM Grounding DINO (official `GroundingDINO`): the text encoder, and what fuses text and image,
+      as transformers draws them; Xavier in all else of encoder and decoder, in the encoder's output and in the
+      projections; zeros in the last layers of box heads.
+    - Class biases, where there are any: the focal loss's prior.
 
-    The backbones of Deformable-, DAB- and Conditional-DETR come frozen in part, BatchNorm included: they train.
+    Backbones that come frozen in part, BatchNorm included, train.
     """
     _unfreeze(model)
     kind = getattr(getattr(model, "config", None), "model_type", "")
-    kept = [*_deformable_attentions(model), *(["model.backbone.backbone"] if kind in GROUPED else [])]
+    kept = _deformable_attentions(model)
+    if kind in GROUPED:
+        kept.append("model.backbone.backbone")
+    if kind in GROUNDED:
+        kept += [
+            "model.text_backbone",
+            *(f"model.encoder.layers.{i}.fusion_layer" for i in range(len(model.model.encoder.layers))),
+        ]
     drawn = {name: m for name, m in model.named_modules() if not any(name.startswith(f"{prefix}.") for prefix in kept)}
     for name, module in drawn.items():
         if hasattr(module, "reset_parameters"):
@@ -62,6 +75,8 @@ def initialise_from_scratch(model: nn.Module) -> None:
         _initialise_dense(model, model.class_labels_classifier)
     elif kind in GROUPED:
         _initialise_lw_detr(model)
+    elif kind in GROUNDED:
+        _initialise_grounding_dino(model, [f"{prefix}." for prefix in kept])
     else:
         raise ValueError(f"no initialisation from scratch is known for {type(model).__name__}")
 
@@ -70,8 +85,16 @@ def _unfreeze(model: nn.Module) -> None:
     from transformers.models.conditional_detr.modeling_conditional_detr import ConditionalDetrFrozenBatchNorm2d
     from transformers.models.dab_detr.modeling_dab_detr import DabDetrFrozenBatchNorm2d
     from transformers.models.deformable_detr.modeling_deformable_detr import DeformableDetrFrozenBatchNorm2d
+    from transformers.models.grounding_dino.modeling_grounding_dino import GroundingDinoFrozenBatchNorm2d
+    from transformers.models.mm_grounding_dino.modeling_mm_grounding_dino import MMGroundingDinoFrozenBatchNorm2d
 
-    frozen = ConditionalDetrFrozenBatchNorm2d | DabDetrFrozenBatchNorm2d | DeformableDetrFrozenBatchNorm2d
+    frozen = (
+        ConditionalDetrFrozenBatchNorm2d,
+        DabDetrFrozenBatchNorm2d,
+        DeformableDetrFrozenBatchNorm2d,
+        GroundingDinoFrozenBatchNorm2d,
+        MMGroundingDinoFrozenBatchNorm2d,
+    )
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if isinstance(child, frozen):
@@ -148,6 +171,21 @@ def _initialise_lw_detr(model: Any) -> None:
     for own, copies in ((model.bbox_embed, inner.enc_out_bbox_embed), (model.class_embed, inner.enc_out_class_embed)):
         for head in copies:
             head.load_state_dict(own.state_dict())
+
+
+def _initialise_grounding_dino(model: Any, kept: list[str]) -> None:
+    inner = model.model
+    for name, module in inner.named_modules(prefix="model"):
+        ours = isinstance(module, nn.Linear | nn.Conv2d) and "backbone" not in name and "bbox_embed" not in name
+        if ours and not name.startswith(tuple(kept)):
+            # torch draws query, key and value as one (3C, C) matrix
+            gain = math.sqrt(0.5) if name.endswith((".query", ".key", ".value")) else 1.0
+            nn.init.xavier_uniform_(module.weight, gain)
+    for projection in inner.input_proj_vision:
+        nn.init.zeros_(projection[0].bias)
+    nn.init.zeros_(inner.text_projection.bias)
+    for head in (*model.bbox_embed, inner.encoder_output_bbox_embed):
+        _zero(head.layers[-1])
 
 
 def _zero(linear: nn.Linear) -> None:

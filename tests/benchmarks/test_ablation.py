@@ -138,7 +138,8 @@ def test_a_rate_that_does_not_train_bounds_the_grid(monkeypatch: pytest.MonkeyPa
         (["--data=nowhere"], "there is no nowhere/instances_train.json and no nowhere/instances_val.json"),
         (["--device=gpu"], "'gpu' is neither cpu nor cuda"),
         (["--class-loss=focal"], "'focal' is neither host nor mal"),
-        (["--host=mmdet/dino", "--class-loss=mal"], "no baseline of MMDetection's learns its classes by MAL"),
+        (["--host=grounding-dino", "--class-loss=mal"], "no baseline grounding-dino learns its classes by MAL"),
+        (["--host=mmdet/dino", "--class-loss=mal"], "no baseline mmdet/dino learns its classes by MAL"),
     ],
 )
 def test_what_is_wrong_is_told_before_any_training(arguments: list[str], said: str, tmp_path: Path) -> None:

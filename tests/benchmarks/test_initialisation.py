@@ -16,6 +16,7 @@ from dfine_plugin.benchmarks.models.initialisation import PRIOR, initialise_from
 
 RT_DETRS = ["rt-detr", "rt-detr-v2"]
 GROUPED = ["lw-detr", "rf-detr"]
+GROUNDED = ["grounding-dino", "mm-grounding-dino"]
 DEFORMABLE_DETRS = ["deformable-detr", "deformable-detr-two-stage"]
 
 
@@ -105,6 +106,31 @@ def test_lw_detr_and_rf_detr_start_as_the_authors(host: str) -> None:
     for head in (model.class_embed, *inner.enc_out_class_embed):
         torch.testing.assert_close(head.bias.sigmoid(), torch.full((2,), PRIOR))
         torch.testing.assert_close(head.weight, model.class_embed.weight)
+
+
+@pytest.mark.parametrize("host", GROUNDED)
+def test_grounding_dino_starts_as_the_authors(host: str) -> None:
+    model = build(host)
+    inner = model.model
+    encoder, decoder = inner.encoder.layers[0], inner.decoder.layers[1]
+    drawn = [decoder.fc1, encoder.deformable_layer.fc2, encoder.text_enhancer_layer.fc1, inner.enc_output]
+    for linear in (*drawn, *inner.decoder.reference_points_head.layers, inner.text_projection):
+        assert spread(linear.weight) == pytest.approx(xavier(linear.weight), rel=0.06)
+    attention = decoder.self_attn
+    assert spread(attention.query.weight) == pytest.approx(xavier(torch.empty(192, 64)), rel=0.06)
+    assert spread(attention.out_proj.weight) == pytest.approx(xavier(attention.out_proj.weight), rel=0.06)
+    assert not decoder.encoder_attn.sampling_offsets.weight.any()
+    assert encoder.fusion_layer.vision_param.tolist() == pytest.approx([1e-4] * 64)
+    fused = encoder.fusion_layer.attn.values_text_proj.weight
+    assert spread(fused) == pytest.approx(xavier(fused), rel=0.06)
+    assert spread(inner.text_backbone.embeddings.word_embeddings.weight) == pytest.approx(0.02, rel=0.05)
+    for head in (*model.bbox_embed, inner.encoder_output_bbox_embed):
+        assert not head.layers[-1].weight.any()
+        assert not head.layers[-1].bias.any()
+        assert spread(head.layers[0].weight) == pytest.approx(spread(nn.Linear(64, 64).weight), rel=0.05)
+    if host == "mm-grounding-dino":
+        biases = torch.stack([head.bias for head in (*model.class_embed, inner.encoder_output_class_embed)])
+        torch.testing.assert_close(biases.sigmoid(), torch.full_like(biases, PRIOR))
 
 
 def test_dab_detr_starts_as_the_authors() -> None:

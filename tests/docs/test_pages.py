@@ -62,6 +62,7 @@ LEFT_OUT = {
     "python examples/uncertainty.py": "wants the models of a benchmark: tests/examples/test_uncertainty.py",
     "dfine-plugin build-engine": "a T4's engine of half a minute: tests/export/test_engine.py",
     "dfine-plugin export --model wrapped --image-size 640 --precision fp16": "tests/commands/test_export.py",
+    "dfine-plugin export --model grounding-dino": "wants a host that takes a text: tests/commands/test_text.py",
 }
 """How commands begin that are not run here, and why; they are checked by their options."""
 

@@ -1,0 +1,55 @@
+"""Grounding DINOs as hosts that take images alone: their text, always the same one, has the class names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    GroundingDinoForObjectDetection,
+    MMGroundingDinoForObjectDetection,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from dfine_plugin.adapters.transformers.prompt import class_logits, fix_prompt, phrases, token_shares
+
+CLS, SEP, STOP = 101, 102, 1012
+"""BERT's tokens, by which the hosts tell phrases apart."""
+
+FIRST_NAME = 1030
+"""The token of the first class: a name is one token, behind all that BERT has for delimiters."""
+
+
+class Prompted(PreTrainedModel):
+    """Mixin before a host: without a text its forward takes that of the config's classes, and has a logit for each."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config)
+        names = [token for number in range(len(config.id2label)) for token in (FIRST_NAME + number, STOP)]
+        text = torch.tensor([CLS, *names, SEP])
+        fix_prompt(self, text[None])
+        self.text: Tensor
+        self.shares: Tensor
+        self.register_buffer("text", text[None], persistent=False)
+        self.register_buffer("shares", token_shares([phrases(text)])[0], persistent=False)
+
+    def forward(self, pixel_values: Tensor, input_ids: Tensor | None = None, **inputs: Any) -> Any:
+        if input_ids is not None:
+            return super().forward(pixel_values, input_ids, **inputs)
+        outputs = super().forward(pixel_values, self.text.expand(len(pixel_values), -1), **inputs)
+        outputs.logits = self.of_classes(outputs.logits)
+        return outputs
+
+    def of_classes(self, logits: Tensor) -> Tensor:
+        """Logits ``(..., K)`` of the classes from those ``(..., T)`` of the text's tokens."""
+        return class_logits(logits[..., : len(self.shares)], self.shares)
+
+
+class PromptedGroundingDinoForObjectDetection(Prompted, GroundingDinoForObjectDetection):
+    """Grounding DINO."""
+
+
+class PromptedMMGroundingDinoForObjectDetection(Prompted, MMGroundingDinoForObjectDetection):
+    """MM Grounding DINO."""
