@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dfine_plugin.errors import WrapStateError
 from dfine_plugin.head import locate_initial_boxes
 from dfine_plugin.wrapping import binding_of
 
@@ -166,17 +167,29 @@ def seed_from_baseline(
     own = model.state_dict(prefix=prefix)
     # the first box head tells other weights from a copy of these
     shared = [key for key in own.keys() & state_dict.keys() if "bbox" in key]
-    differs = any(not torch.equal(own[key], state_dict[key].to(own[key])) for key in shared)
+    differs = any(_differ(own[key], state_dict[key]) for key in shared)
     if any(key.startswith(marker) for key in state_dict):
         retired.outdated |= differs
         return
+    if any(weight.is_meta for key, weight in own.items() if key.startswith(marker)):
+        raise WrapStateError(
+            "this wrapped model is on the meta device, and a baseline's state dict has no weights for its FDR head: "
+            "load it before the wrap"
+        )
     retired.outdated |= differs and bool(retired.foreign(model))
     for name, module in retired.modules.items():
-        for key, parameter in module.state_dict(prefix=f"{prefix}{name}.").items():
-            if key in state_dict:
-                parameter.copy_(state_dict.pop(key))
-                retired.outdated = False
+        start = f"{prefix}{name}."
+        given = {key: state_dict.pop(f"{start}{key}") for key in module.state_dict() if f"{start}{key}" in state_dict}
+        if given:
+            on_meta = any(parameter.is_meta for parameter in module.parameters())
+            module.load_state_dict(given, strict=False, assign=on_meta)
+            retired.outdated = False
     state_dict.update({key: value for key, value in own.items() if key.startswith(marker)})
+
+
+def _differ(own: Tensor, other: Tensor) -> bool:
+    """Whether two weights are not the same; of those on meta nothing is known."""
+    return own.is_meta or other.is_meta or not torch.equal(own, other.to(own))
 
 
 def warn_of_frozen_head(model: Host, head: str) -> None:

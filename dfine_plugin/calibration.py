@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from .boxes import aligned_iou, edge_offsets
 from .errors import WrapStateError
 from .head import FDRHead, Refinement
-from .wrapping import binding_of
+from .wrapping import binding_of, wrapped_binding
 
 QUERIES_PER_IMAGE = 100
 """How many queries of an image, the most confident ones, the head learns from."""
@@ -134,11 +134,10 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _fdr_head(model: nn.Module) -> FDRHead:
-    binding = binding_of(model)
-    if binding is None or binding.deployed:
-        state = "not wrapped" if binding is None else "deployed"
-        name = type(model).__name__
-        raise WrapStateError(f"this {name} is {state}; calibrate takes a model right after wrap_decoder")
+    right_after = "; calibrate takes a model right after wrap_decoder"
+    binding = wrapped_binding(model, "calibrate", right_after)
+    if binding.deployed:
+        raise WrapStateError(f"this {type(model).__name__} is deployed{right_after}")
     if not getattr(binding.retired, "box_heads", None):
         raise WrapStateError(
             f"this {type(model).__name__} does not refine boxes from layer to layer: it has none to learn from"

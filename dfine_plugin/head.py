@@ -1,6 +1,7 @@
 """The FDR head: refines, layer by layer, a distribution for each edge of the initial boxes."""
 
 from dataclasses import dataclass
+from math import isfinite
 
 import torch
 import torch.nn.functional as F
@@ -219,6 +220,9 @@ class FDRHead(nn.Module):
         # absent in version 0.1.0, whose state dicts load strictly, too
         state_dict.setdefault(f"{prefix}_extra_state", self.get_extra_state())
         super()._load_from_state_dict(state_dict, prefix, *args)
+        if self.weights.is_meta:  # no state dict holds it
+            given = (x for key, x in state_dict.items() if key.startswith(f"{prefix}refine.") and not x.is_meta)
+            self.weights = self.config.bin_values().to(next(given, self.weights).device)
 
     def is_frozen_at_start(self) -> bool:
         """Whether no parameter is to be trained, and the last layers still hold the zeros that they start from."""
@@ -240,4 +244,6 @@ class FDRHead(nn.Module):
 def _said(name: str, value: float) -> str:
     """A stored setting as :class:`FDRConfig` takes it."""
     kind = type(getattr(FDRConfig(), name))
-    return repr(WEIGHTINGS[round(value)] if kind is str else kind(value))
+    if kind is not str:
+        return repr(kind(value) if isfinite(value) else value)
+    return repr(WEIGHTINGS[int(value)]) if value in range(len(WEIGHTINGS)) else f"number {value:g}"

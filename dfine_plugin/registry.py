@@ -167,12 +167,12 @@ def find_adapter(model: nn.Module) -> Adapter:
     """
     for cls in type(model).__mro__:
         name = f"{cls.__module__}.{cls.__qualname__}"
-        if name in _REFUSED:
-            raise UnsupportedModelError(f"{name} {_REFUSED[name]}")
         if name not in _registered:
             _load(name)
         if name in _registered:
             return _registered[name]
+        if name in _REFUSED:
+            raise UnsupportedModelError(f"{name} {_REFUSED[name]}")
     own = type(model)
     raise UnsupportedModelError(
         f"no adapter for {own.__module__}.{own.__qualname__}. Supported: {_short_names()}. "

@@ -85,7 +85,8 @@ def _check_structure(
                 f"image {image}: {boxes_key} must be (n, 4) and {labels_key} (n,), "
                 f"got {tuple(boxes.shape)} and {tuple(labels.shape)}"
             )
-        if len(labels) and (labels.is_floating_point() or labels.dtype == torch.bool):
+        # torch indexes with uint8 as with bool
+        if len(labels) and (labels.is_floating_point() or labels.dtype in (torch.bool, torch.uint8)):
             raise InvalidTargetError(f"image {image}: {labels_key} must be integers (torch.int64), got {labels.dtype}")
 
 

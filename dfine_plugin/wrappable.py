@@ -18,19 +18,24 @@ _AROUND = {
 """Classes of what is put around a model, and how."""
 
 
-def check_model(model: Any) -> None:
-    """Refuse what is no model, and what has been put around one.
+def check_is_model(model: Any, asked: str) -> None:
+    """Refuse what is no model.
+
+    Args:
+        model: what was given.
+        asked: the function that takes a model.
 
     Raises:
-        UnsupportedModelError: says what to wrap, and when.
+        UnsupportedModelError: says what it is instead.
     """
     if not isinstance(model, nn.Module):
-        raise UnsupportedModelError(f"wrap_decoder takes a model, got {_describe(model)}")
-    for cls in type(model).__mro__:
-        if made_by := _AROUND.get(f"{cls.__module__}.{cls.__qualname__}"):
-            raise UnsupportedModelError(
-                f"this model is a {type(model).__name__}: wrap before {made_by}, model = wrap_decoder(model) first"
-            )
+        raise UnsupportedModelError(f"{asked} takes a model, got {_describe(model)}")
+
+
+def put_around(model: nn.Module) -> str | None:
+    """How this model was made of another one, such as ``"DataParallel(model)"``; None if it was not."""
+    names = (f"{cls.__module__}.{cls.__qualname__}" for cls in type(model).__mro__)
+    return next((_AROUND[name] for name in names if name in _AROUND), None)
 
 
 def check_wrappable(model: Any, config: Any) -> None:
@@ -40,7 +45,11 @@ def check_wrappable(model: Any, config: Any) -> None:
         UnsupportedModelError: says what to wrap, and when.
         TypeError: the config is no FDRConfig.
     """
-    check_model(model)
+    check_is_model(model, "wrap_decoder")
+    if made_by := put_around(model):
+        raise UnsupportedModelError(
+            f"this model is a {type(model).__name__}: wrap before {made_by}, model = wrap_decoder(model) first"
+        )
     if model._compiled_call_impl is not None:
         raise UnsupportedModelError(f"this {type(model).__name__} is compiled: wrap before model.compile()")
     if any(type(module).__module__.startswith("peft.tuners.") for module in model.modules()):

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -14,7 +14,7 @@ from .config import FDRConfig
 from .errors import UnsupportedModelError, WrapStateError
 from .record import FDRRecord, close_scope, current_record, open_scope
 from .registry import Adapter, AdapterWithCriterion, find_adapter
-from .wrappable import check_model, check_wrappable
+from .wrappable import check_is_model, check_wrappable, put_around
 
 Model = TypeVar("Model", bound=nn.Module)
 Criterion = TypeVar("Criterion", bound=nn.Module)
@@ -29,8 +29,8 @@ _ADAPTER_PARTS = {"base_layer", "original_module"}
 class Binding:
     """What ties a wrapped model to the plugin: kept on the model as a plain attribute, copied and pickled with it.
 
-    `frozen` names the host's parameters that were trainable, where the head alone is to learn; `looked_at_head` is
-    whether training has been looked at for a frozen head.
+    `frozen` names the host's parameters that were trainable, where the head alone is to learn, and `stilled` its batch
+    norms that training has been kept from; `looked_at_head` is whether training has been looked at for a frozen head.
     """
 
     adapter: Adapter
@@ -38,6 +38,7 @@ class Binding:
     retired: Any
     hooks: tuple[RemovableHandle, ...]
     frozen: list[str]
+    stilled: set[str] = field(default_factory=set)
     deployed: bool = False
     looked_at_head: bool = False
 
@@ -50,6 +51,28 @@ class Binding:
 def binding_of(model: nn.Module) -> Binding | None:
     """The model's :class:`Binding`, None if it is not wrapped."""
     return model.__dict__.get(_BINDING)
+
+
+def wrapped_binding(model: nn.Module, asked: str, unwrapped: str = "") -> Binding:
+    """The :class:`Binding` of a model that is to be wrapped.
+
+    Args:
+        model: what was given.
+        asked: the function that takes it.
+        unwrapped: what to say of a model that is not wrapped, behind that.
+
+    Raises:
+        UnsupportedModelError: it is no model.
+        WrapStateError: it is not wrapped, or something around the model that is.
+    """
+    check_is_model(model, asked)
+    binding = binding_of(model)
+    if binding is None:
+        name = type(model).__name__
+        if made_by := put_around(model):
+            raise WrapStateError(f"this model is a {name}: {asked} takes the model that {made_by} was given")
+        raise WrapStateError(f"this {name} is not wrapped{unwrapped}")
+    return binding
 
 
 def is_wrapped(model: nn.Module) -> bool:
@@ -122,12 +145,9 @@ def wrap_criterion(criterion: Criterion, model: nn.Module) -> Criterion:
         >>> criterion = wrap_criterion(criterion, model)
         >>> losses = criterion(model(samples, targets), targets)
     """
-    name = type(model).__name__
-    binding = binding_of(model) if isinstance(model, nn.Module) else None
-    if binding is None:
-        check_model(model)
-        raise WrapStateError(f"this {name} is not wrapped: model = wrap_decoder(model) first")
+    binding = wrapped_binding(model, "wrap_criterion", ": model = wrap_decoder(model) first")
     if not isinstance(binding.adapter, AdapterWithCriterion):
+        name = type(model).__name__
         raise UnsupportedModelError(f"this {name} holds its criterion, which wrap_decoder(model) has wrapped with it")
     if binding.deployed:
         raise WrapStateError("a deployed model is for inference only: it has no use for a criterion")
@@ -147,15 +167,15 @@ def unwrap_decoder(model: Model) -> Model:
     Raises:
         WrapStateError: if the model is not wrapped, or has been deployed. It is untouched.
     """
-    binding = binding_of(model)
-    if binding is None:
-        raise WrapStateError(f"this {type(model).__name__} is not wrapped")
+    binding = wrapped_binding(model, "unwrap_decoder")
     if binding.deployed:
         raise WrapStateError("a deployed model cannot be unwrapped: the host's training parts are gone")
     binding.remove_hooks()
     parameters = dict(model.named_parameters())
     for name in binding.frozen:
         parameters[name].requires_grad = True
+    for name in binding.stilled if model.training else ():
+        model.get_submodule(name).train()
     binding.adapter.detach(model, binding.retired)
     del model.__dict__[_BINDING]
     return model
@@ -177,9 +197,7 @@ def deploy(model: Model, num_layers: int | None = None) -> Model:
             are not merged, or is quantized. It is untouched.
         ValueError: the model does not have so many layers. It is untouched.
     """
-    binding = binding_of(model)
-    if binding is None:
-        raise WrapStateError(f"this {type(model).__name__} is not wrapped; deploy takes a wrapped model")
+    binding = wrapped_binding(model, "deploy", "; deploy takes a wrapped model")
     if binding.deployed:
         raise WrapStateError(f"this {type(model).__name__} is deployed already")
     if model.training:
@@ -216,9 +234,7 @@ def predict_distributions(model: nn.Module, images: Tensor) -> tuple[Tensor, Ten
     Raises:
         WrapStateError: if the model is not wrapped, has been deployed, or is in training mode.
     """
-    binding = binding_of(model)
-    if binding is None:
-        raise WrapStateError(f"this {type(model).__name__} is not wrapped: its boxes come from no distributions")
+    binding = wrapped_binding(model, "predict_distributions", ": its boxes come from no distributions")
     if binding.deployed:
         raise WrapStateError("a deployed model keeps no record of its distributions; take it as it was before deploy")
     if model.training:
@@ -255,8 +271,9 @@ def _begin_forward(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
     binding = binding_of(model)
     assert binding is not None
     if binding.config.trainable == "head":
-        for module in model.modules():
-            if isinstance(module, _BatchNorm):
+        for name, module in model.named_modules():
+            if isinstance(module, _BatchNorm) and module.training:
+                binding.stilled.add(name)
                 module.eval()
     binding.adapter.begin(model, args, kwargs)
 

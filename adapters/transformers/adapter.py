@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from dfine_plugin.config import FDRConfig
 from dfine_plugin.errors import UnsupportedModelError, WrapStateError
 from dfine_plugin.head import FDRHead
-from dfine_plugin.record import closes_on_interrupt
+from dfine_plugin.record import closes_on_interrupt, current_record
 from dfine_plugin.validation import check_targets
 from dfine_plugin.wrapping import binding_of
 
 from .. import host_parts
 from ..host_parts import Host
+from ..union_criterion import UnionCriterion, check_losses, named_terms
 from . import saving
 
 _check_targets = torch.compiler.disable(check_targets)  # it looks at values
@@ -44,6 +45,37 @@ class GOLSDLoss:
         """The loss, its terms, and the auxiliary prediction sets if the host's config has them: as the host's loss
         function, whose signature a subclass takes."""
         raise NotImplementedError
+
+    def with_distribution_losses(
+        self,
+        losses: dict[str, Tensor],
+        criterion: UnionCriterion,
+        layers: list[dict[str, Tensor]],
+        config: Any,
+        class_weight: float = 1.0,
+    ) -> Tensor:
+        """The weighted total of a host's unweighted losses, which FGL's and DDF's terms join.
+
+        Args:
+            losses: the criterion's, of the layers, the initial boxes (``*_pre``) and, if there are any, the encoder's
+                proposals (``*_enc``); changed in place.
+            criterion: which has matched them.
+            layers: the decoder layers that are supervised, the last of all at the end.
+            config: the host's, with the weights of its box losses.
+            class_weight: of its class losses.
+        """
+        terms = criterion.distribution_losses(current_record().last(len(layers)), layers, self.config)
+        suffixes = [*(f"_{i}" for i in range(len(layers) - 1)), ""]
+        losses.update(named_terms(terms, suffixes))
+        check_losses(losses)
+        weights = {
+            "loss_ce": class_weight,
+            "loss_bbox": config.bbox_loss_coefficient,
+            "loss_giou": config.giou_loss_coefficient,
+            "loss_fgl": self.config.fgl_weight,
+            "loss_ddf": self.config.ddf_weight,
+        }
+        return weighted_total(losses, weights, [*suffixes, "_pre", "_enc"])
 
 
 class TransformersAdapter:
@@ -162,8 +194,8 @@ def check_box_heads_are_shared(model: Host) -> None:
 
 
 def with_boxes_in_rows(labels: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A forward's labels, with the empty boxes ``(0,)`` that hosts accept as ``(0, 4)``."""
-    return [{**t, "boxes": t["boxes"].reshape(0, 4)} if t["boxes"].shape == (0,) else {**t} for t in labels]
+    """A forward's labels, with the empty boxes ``(0,)`` that hosts accept as ``(0, 4)``, and classes as int64."""
+    return [{**t, "boxes": t["boxes"].reshape(-1, 4), "class_labels": t["class_labels"].long()} for t in labels]
 
 
 def prediction_set(logits: Tensor, boxes: Tensor) -> dict[str, Tensor]:

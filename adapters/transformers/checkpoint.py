@@ -20,7 +20,7 @@ from transformers.models.grounding_dino.modeling_grounding_dino import SPECIAL_T
 from transformers.utils import IMAGE_PROCESSOR_NAME, logging
 
 from dfine_plugin.errors import first_line
-from dfine_plugin.tools.image_sizes import check_image_size
+from dfine_plugin.tools.image_sizes import check_image_size, check_windows
 
 from ..host_parts import Host
 from .prompt import fix_prompt, phrases
@@ -66,16 +66,25 @@ class TransformersCheckpoint:
 
     def load(self) -> Host:
         """See :class:`~dfine_plugin.checkpoints.Checkpoint`."""
-        kind = AutoModelForZeroShotObjectDetection if self.takes_text else AutoModelForObjectDetection
-        load = load_pretrained if hasattr(self.config, SETTINGS) else kind.from_pretrained
         logging.disable_progress_bar()
         try:
-            model = load(self.folder, dtype=torch.float32).eval()
+            if hasattr(self.config, SETTINGS):
+                model = load_pretrained(self.folder, dtype=torch.float32)
+            else:
+                model = self._load_bare()
         except (OSError, RuntimeError, ValueError, SafetensorError) as error:
             raise ValueError(f"{self.folder} cannot be loaded: {first_line(error)}") from error
         if self.takes_text:
             fix_prompt(model, **self.tokens())
         return model
+
+    def _load_bare(self) -> Host:
+        kind = AutoModelForZeroShotObjectDetection if self.takes_text else AutoModelForObjectDetection
+        model, found = kind.from_pretrained(self.folder, dtype=torch.float32, output_loading_info=True)
+        if missing := sorted(found["missing_keys"]):
+            shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+            raise ValueError(f"it lacks weights of the {type(model).__name__}: {shown}")
+        return model.eval()
 
     def tokens(self) -> dict[str, Tensor]:
         """The text's, as the model takes them."""
@@ -87,6 +96,10 @@ class TransformersCheckpoint:
         # only hosts that merge levels state their strides
         strides = getattr(self.config, "feat_strides", ())
         check_image_size(size, strides, getattr(self.config, "num_queries", 0))
+        backbone: Any = getattr(self.config, "backbone_config", None)
+        if hasattr(backbone, "num_windows"):  # LW-DETR's are so many in all, RF-DETR's on each side
+            windows = getattr(backbone, "num_windows_side", backbone.num_windows)
+            check_windows(size, backbone.patch_size, windows)
 
     def preprocess(self, image: Image.Image, size: tuple[int, int] | None = None) -> Tensor:
         """See :class:`~dfine_plugin.checkpoints.Checkpoint`."""
@@ -112,4 +125,4 @@ class TransformersCheckpoint:
         if self.tokenizer is None:
             return self.config.id2label
         (ids,) = self.tokens()["input_ids"]
-        return {number: self.tokenizer.decode(ids[phrase]) for number, phrase in enumerate(phrases(ids))}
+        return {number: str(self.tokenizer.decode(ids[phrase])) for number, phrase in enumerate(phrases(ids))}

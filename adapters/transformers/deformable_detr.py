@@ -152,19 +152,7 @@ class DeformableDetrGOLSDLoss(hf.GOLSDLoss):
         losses = criterion({**layers[-1], "auxiliary_outputs": [*auxiliary, initial]}, labels)
         losses = union_criterion.rename_suffixes(losses, {f"_{len(auxiliary)}": "_pre"})
 
-        supervised = layers if config.auxiliary_loss else layers[-1:]
-        terms = criterion.distribution_losses(record.last(len(supervised)), supervised, self.config)
-        suffixes = [*(f"_{i}" for i in range(len(auxiliary))), ""]
-        losses.update(union_criterion.named_terms(terms, suffixes))
-        union_criterion.check_losses(losses)
-        weights = {
-            "loss_ce": 1.0,
-            "loss_bbox": config.bbox_loss_coefficient,
-            "loss_giou": config.giou_loss_coefficient,
-            "loss_fgl": self.config.fgl_weight,
-            "loss_ddf": self.config.ddf_weight,
-        }
-        total = hf.weighted_total(losses, weights, [*suffixes, "_pre"])
+        total = self.with_distribution_losses(losses, criterion, [*auxiliary, layers[-1]], config)
         return total, losses, auxiliary or None
 
 

@@ -117,11 +117,19 @@ class UnionGroundingDinoLoss(union_criterion.UnionCriterion, GroundingDinoImageL
         shares = token_shares(self.label_maps)
         return PhraseCost(matcher.class_cost, matcher.bbox_cost, matcher.giou_cost, shares=shares)
 
+    def _get_target_classes_one_hot(self, outputs, targets, indices):
+        """The tokens of each truth's class in its own image's text: the host takes other texts' where texts differ."""
+        tokens = torch.zeros_like(outputs["logits"])
+        of_images = zip(self.label_maps, targets, indices, strict=True)
+        found = [label_map[target["class_labels"][truths]] for label_map, target, (_, truths) in of_images]
+        tokens[self._get_source_permutation_idx(indices)] = torch.cat(found).to(tokens)
+        return tokens
+
     def loss_labels(self, outputs, targets, indices, num_boxes):
         """The host's focal loss, which does not wait for the device: a masked token's logit is not selected away but
         held where its loss is zero."""
         logits, masked = outputs["logits"], ~outputs["text_mask"]
-        classes = self._get_target_classes_one_hot(outputs, targets, indices).to(logits.dtype)
+        classes = self._get_target_classes_one_hot(outputs, targets, indices)
         logits = logits.masked_fill(masked, torch.finfo(logits.dtype).min)
         loss = sigmoid_focal_loss(logits, classes.masked_fill(masked, 0), num_boxes, self.focal_alpha)
         return {"loss_ce": loss}
@@ -179,19 +187,7 @@ class GroundingDinoGOLSDLoss(hf.GOLSDLoss):
         losses = union_criterion.rename_suffixes(losses, {f"_{len(auxiliary)}": "_pre"})
         losses.update({f"{name}_enc": loss for name, loss in criterion(encoder, labels).items()})
 
-        supervised = [*auxiliary, layers[-1]]
-        terms = criterion.distribution_losses(record.last(len(supervised)), supervised, self.config)
-        suffixes = [*(f"_{i}" for i in range(len(auxiliary))), ""]
-        losses.update(union_criterion.named_terms(terms, suffixes))
-        union_criterion.check_losses(losses)
-        weights = {
-            "loss_ce": CLASS_WEIGHT,
-            "loss_bbox": config.bbox_loss_coefficient,
-            "loss_giou": config.giou_loss_coefficient,
-            "loss_fgl": self.config.fgl_weight,
-            "loss_ddf": self.config.ddf_weight,
-        }
-        total = hf.weighted_total(losses, weights, [*suffixes, "_pre", "_enc"])
+        total = self.with_distribution_losses(losses, criterion, [*auxiliary, layers[-1]], config, CLASS_WEIGHT)
         return total, losses, auxiliary or None
 
 

@@ -171,18 +171,8 @@ class LwDetrGOLSDLoss(hf.GOLSDLoss):
         criterion.match([(outputs, labels) for outputs in sets], self.config, check)
         outputs = {**layers[-1], "auxiliary_outputs": [*auxiliary, initial], "enc_outputs": encoder}
         losses = union_criterion.rename_suffixes(criterion(outputs, labels), {f"_{len(auxiliary)}": "_pre"})
-        terms = criterion.distribution_losses(record.last(len(layers)), layers, self.config)
-        suffixes = [*(f"_{i}" for i in range(len(auxiliary))), ""]
-        losses.update(union_criterion.named_terms(terms, suffixes))
-        union_criterion.check_losses(losses)
-        weights = {
-            "loss_ce": getattr(config, "class_loss_coefficient", 1),  # not in all releases
-            "loss_bbox": config.bbox_loss_coefficient,
-            "loss_giou": config.giou_loss_coefficient,
-            "loss_fgl": self.config.fgl_weight,
-            "loss_ddf": self.config.ddf_weight,
-        }
-        total = hf.weighted_total(losses, weights, [*suffixes, "_pre", "_enc"])
+        class_weight = getattr(config, "class_loss_coefficient", 1)  # not in all releases
+        total = self.with_distribution_losses(losses, criterion, layers, config, class_weight)
         return total, losses, auxiliary or None
 
 

@@ -70,7 +70,8 @@ def phrases(input_ids: Tensor) -> Tensor:
     Args:
         input_ids: ``(T,)``.
     """
-    (label_map,) = build_label_maps(torch.empty(1, len(input_ids)), input_ids[None])
+    texts: Any = input_ids[None]
+    (label_map,) = build_label_maps(torch.empty(1, len(input_ids)), texts)
     return label_map.bool()
 
 

@@ -225,7 +225,7 @@ def _host_class(name: str, path: str | Path) -> type[PreTrainedModel]:
     """transformers' class of this name, or the latest of that name which the user's own code has defined."""
     if hasattr(transformers, name):
         return getattr(transformers, name)
-    waiting: list[type[PreTrainedModel]] = [PreTrainedModel]
+    waiting: list[type[PreTrainedModel]] = [PreTrainedModel]  # the latest of a class's own at the end
     found = []
     while waiting:
         cls = waiting.pop()
@@ -233,7 +233,7 @@ def _host_class(name: str, path: str | Path) -> type[PreTrainedModel]:
         found += [cls] if cls.__name__ == name else []
     if not found:
         raise ValueError(f"{path} holds a {name}, which is no class of transformers': import its module first")
-    return found[-1]
+    return found[0]
 
 
 def _read_weights(path: str | Path, variant: str | None, hub: dict[str, Any]) -> dict[str, Tensor]:

@@ -248,7 +248,7 @@ def _grounding_dino(class_names: list[str], num_queries: int) -> dict[str, Any]:
 
     from dfine_plugin.benchmarks.models.text_hosts import FIRST_NAME
 
-    text = {
+    text: dict[str, Any] = {
         "vocab_size": FIRST_NAME + len(class_names),
         "hidden_size": 64,
         "num_hidden_layers": 1,

@@ -52,10 +52,7 @@ def initialise_from_scratch(model: nn.Module) -> None:
     if kind in GROUPED:
         kept.append("model.backbone.backbone")
     if kind in GROUNDED:
-        kept += [
-            "model.text_backbone",
-            *(f"model.encoder.layers.{i}.fusion_layer" for i in range(len(model.model.encoder.layers))),
-        ]
+        kept += ["model.text_backbone", *(name for name, _ in model.named_modules() if name.endswith("fusion_layer"))]
     drawn = {name: m for name, m in model.named_modules() if not any(name.startswith(f"{prefix}.") for prefix in kept)}
     for name, module in drawn.items():
         if hasattr(module, "reset_parameters"):

@@ -27,6 +27,7 @@ class Prompted(PreTrainedModel):
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
+        assert config.id2label is not None
         names = [token for number in range(len(config.id2label)) for token in (FIRST_NAME + number, STOP)]
         text = torch.tensor([CLS, *names, SEP])
         fix_prompt(self, text[None])

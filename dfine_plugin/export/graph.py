@@ -79,9 +79,11 @@ def export_onnx(
     Raises:
         UnsupportedModelError: no adapter knows the model, or it takes a text beside images and none has been fixed.
         WrapStateError: the model is in training mode.
-        ValueError: an opset below 18, more detections than the model has, deviations of a model that is not wrapped, or
-            a host that takes the number of images for a constant with a ``batch_size`` of None.
+        ValueError: a batch of none, an opset below 18, more detections than the model has, deviations of a model that
+            is not wrapped, or a host that takes the number of images for a constant with a ``batch_size`` of None.
     """
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size must be 1 or more, or None for any, got {batch_size}")
     if opset < OPSET:
         raise ValueError(f"opset must be {OPSET} or higher, got {opset}")
     path = Path(path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
@@ -18,8 +18,10 @@ from .targets import compute_capability
 
 if TYPE_CHECKING:
     from PIL import Image
+    from torch import Tensor, nn
 
     from ..checkpoints import Checkpoint
+    from ..export.coco import CocoSplit
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
@@ -153,15 +155,16 @@ def export(
     trust: TrustOption = None,
 ) -> None:
     """Write a model as ONNX, and compare its detections with torch's on images; exits with 3 where they differ."""
-    from tempfile import TemporaryDirectory
-
     from ..checkpoints import input_size
-    from ..export import export_onnx, find_culprit, measure_parity
+    from ..export import export_onnx
     from ..export.coco import CocoSplit
-    from ..export.parity import LARGEST_MOVE, NUM_DETECTIONS, onnx_detections, torch_detections
     from ..wrapping import deploy
     from .pictures import read_picture
 
+    if images and data:
+        raise typer.BadParameter("either this or --data", param_hint="--images")
+    if dynamic_batch and batch_size != 1:
+        raise typer.BadParameter("either this or --dynamic-batch", param_hint="--batch-size")
     with _told("--data"):
         split = CocoSplit.read(data) if data else None
     paths = split.image_paths() if split else _image_files(images) if images else []
@@ -169,6 +172,11 @@ def export(
         _picture(path, "--data" if split else "--images")
     checkpoint = _open(model, image_size, trust, text)
     height, width = size = image_size or input_size(checkpoint)
+    with _told("--image-size"):
+        checkpoint.check_size(size)
+    if split:
+        with _told("--data"):
+            split.categories(checkpoint.class_names())
     detector = _load(checkpoint)
     if num_layers is not None:
         with _told("--num-layers"):
@@ -182,29 +190,53 @@ def export(
     if not paths:
         typer.echo("not compared with torch: give --images or --data")
         return
-
     pixels = [checkpoint.preprocess(read_picture(path), size)[0] for path in paths]
-    expected = torch_detections(detector, pixels, min(detections or NUM_DETECTIONS, NUM_DETECTIONS))
+    _compare(detector, output, precision, detections, pixels, threshold, split, checkpoint.class_names())
+
+
+def _compare(
+    detector: nn.Module,
+    graph: Path,
+    precision: Precision,
+    num_detections: int | None,
+    pixels: list[Tensor],
+    threshold: float,
+    split: CocoSplit | None,
+    class_names: Mapping[int, str],
+) -> None:
+    """Say how far the graph's detections are from torch's; exits with 3 where they differ, naming the part to blame."""
+    from tempfile import TemporaryDirectory
+
+    from ..export import export_onnx, find_culprit, measure_parity
+    from ..export.parity import LARGEST_MOVE, NUM_DETECTIONS, onnx_detections, torch_detections
+
+    height, width = pixels[0].shape[-2:]
+    expected = torch_detections(detector, pixels, min(num_detections or NUM_DETECTIONS, NUM_DETECTIONS))
     with TemporaryDirectory() as folder:
-        compared = output
         if precision is Precision.bf16:
-            compared = export_onnx(detector, Path(folder) / "rounded.onnx", size, 1, "bf16", detections, simulate=True)
+            rounded = Path(folder) / "rounded.onnx"
+            graph = export_onnx(detector, rounded, (height, width), 1, "bf16", num_detections, simulate=True)
             typer.echo(
                 "onnxruntime has no bf16 on a CPU: compared by a float32 graph that rounds to bf16 after each op"
             )
-        found = onnx_detections(compared, pixels)
+        found = onnx_detections(graph, pixels)
     with _told("--threshold"):
         parity = measure_parity(expected, found, threshold)
     typer.echo(str(parity))
     if split:
-        ours, theirs = (split.average_precision(part, size) for part in (expected, found))
+        with _told("--data"):
+            ours, theirs = (split.average_precision(part, (height, width), class_names) for part in (expected, found))
         typer.echo(f"AP {ours:.3f} in torch, {theirs:.3f} of the graph: {theirs - ours:+.3f}")
-    if not parity.passed:
-        typer.echo(f"boxes moved by more than {LARGEST_MOVE} px at the 99th percentile, or were lost", err=True)
-        if precision is not Precision.fp32:
-            name, move = find_culprit(detector, precision.value, pixels[:8], expected[:8], threshold)
-            typer.echo(f"it is {name} that costs the most: in float32 alone, {move:.4f} px would be left", err=True)
-        raise typer.Exit(3)
+    if parity.passed:
+        return
+    typer.echo(f"boxes moved by more than {LARGEST_MOVE} px at the 99th percentile, or were lost", err=True)
+    if precision is not Precision.fp32:
+        # of the images that have anything to compare
+        some = [i for i, detected in enumerate(expected) if len(detected.above(threshold).scores)][:8]
+        images, wanted = [pixels[i] for i in some], [expected[i] for i in some]
+        name, move = find_culprit(detector, precision.value, images, wanted, threshold)
+        typer.echo(f"it is {name} that costs the most: in float32 alone, {move:.4f} px would be left", err=True)
+    raise typer.Exit(3)
 
 
 @app.command()
@@ -268,9 +300,13 @@ def show(
 
     picture = _picture(image, "--image")
     checkpoint = _open(model, image_size, trust, text)
+    pixels = checkpoint.preprocess(picture, image_size)
+    height, width = pixels.shape[-2:]
+    with _told("--image-size"):
+        checkpoint.check_size((height, width))
     detector = _load(checkpoint)
     with _told("--model"):
-        logits, _, record = predict_distributions(detector, checkpoint.preprocess(picture, image_size))
+        logits, _, record = predict_distributions(detector, pixels)
     found = read_detections(logits, record, checkpoint.class_names(), picture.size)
     detections = [detection for detection in found if detection.score >= threshold]
     if not detections:

@@ -43,3 +43,25 @@ def check_image_size(size: tuple[int, int], strides: Sequence[int], num_queries:
             f"this host cannot take images of {height} x {width}: they have {places} places on its levels, and it "
             f"takes the {num_queries} best"
         )
+
+
+def check_windows(size: tuple[int, int], patch: int, windows: int) -> None:
+    """Refuse a size whose patches a ViT that attends within windows cannot share out among them.
+
+    Args:
+        size: height and width in pixels.
+        patch: side of a patch in pixels; what is left beside whole patches is dropped.
+        windows: on each side.
+
+    Raises:
+        ValueError: names the nearest sizes that fit.
+    """
+    if all(side >= patch and side // patch % windows == 0 for side in size):
+        return
+    unit = patch * windows
+    below, above = ([max(unit, (side // unit + more) * unit) for side in size] for more in (0, 1))
+    raise ValueError(
+        f"this host cannot take images of {size[0]} x {size[1]}: their patches of {patch} pixels cannot be shared out "
+        f"among {windows} x {windows} windows. Multiples of {unit} can: {below[0]} x {below[1]} or "
+        f"{above[0]} x {above[1]}"
+    )

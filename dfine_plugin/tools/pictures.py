@@ -11,19 +11,19 @@ if TYPE_CHECKING:
 
 
 def read_picture(path: Path) -> Image.Image:
-    """The picture in a file, in RGB.
+    """The picture in a file, in RGB and as it is to be seen: a camera may have held it otherwise.
 
     Raises:
         ValueError: there is no such file, no picture in it, not all of one, or one of more pixels than Pillow takes
             from strangers (179 million).
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # from half as many pixels on
             with Image.open(path) as file:
-                return file.convert("RGB")
+                return ImageOps.exif_transpose(file).convert("RGB")
     # Pillow's readers raise whatever stumbles on a broken file
     except Exception as error:
         raise ValueError(f"{path} cannot be read: {error}") from error

@@ -16,21 +16,34 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from transformers import DeformableDetrForObjectDetection, DFineConfig, DFineForObjectDetection, ResNetConfig
+from transformers import (
+    DeformableDetrForObjectDetection,
+    DFineConfig,
+    DFineForObjectDetection,
+    OmDetTurboForObjectDetection,
+    ResNetConfig,
+)
 
 from dfine_plugin import (
     FDRConfig,
     InvalidTargetError,
     NonFiniteError,
     UnsupportedModelError,
+    WrapStateError,
+    calibrate,
+    deploy,
     record,
     register_adapter,
+    registry,
+    unwrap_decoder,
     validation,
     wrap_decoder,
 )
 from dfine_plugin.adapters import union_criterion
 from dfine_plugin.adapters.class_losses import ClassLosses
 from dfine_plugin.record import current_scope
+from dfine_plugin.registry import find_adapter
+from dfine_plugin.wrapping import predict_distributions, wrap_criterion
 
 from . import detrex_hosts
 from .hosts import Host, build, images, labels
@@ -385,7 +398,7 @@ def test_d_fine_of_its_authors_is_refused_by_its_name() -> None:
 
 
 def test_a_host_that_transformers_cannot_train_is_refused() -> None:
-    from transformers import CLIPTextConfig, OmDetTurboConfig, OmDetTurboForObjectDetection, SwinConfig
+    from transformers import CLIPTextConfig, OmDetTurboConfig, SwinConfig
 
     with torch.device("meta"):
         model = OmDetTurboForObjectDetection(
@@ -461,6 +474,54 @@ def test_a_loss_function_of_the_users_own_is_not_silently_dropped(transformers_h
     model.loss_function = lambda *args, **kwargs: None
     with pytest.raises(UnsupportedModelError, match="loss_function of its own"):
         wrap_decoder(model, host.config())
+
+
+def test_classes_of_any_integer_type_are_what_they_say(host: Host) -> None:
+    """But for uint8, which torch indexes with as with a mask."""
+    if not isinstance(host, TransformersHost) or host.name.startswith("rt-detr"):
+        pytest.skip("the host's own denoising indexes with them")
+    model = wrapped(host).train()
+    losses = []
+    for kind in (torch.int64, torch.int32):
+        targets = labels((0, 3))
+        for target in targets:
+            target["class_labels"] = target["class_labels"].to(kind)
+        targets[0]["class_labels"] = torch.tensor([])
+        losses.append(host.losses(model, images(), targets)[0])
+    assert torch.equal(*losses)
+    targets[1]["class_labels"] = targets[1]["class_labels"].to(torch.uint8)
+    with pytest.raises(
+        InvalidTargetError, match=r"image 1: class_labels must be integers \(torch.int64\), got .*uint8"
+    ):
+        host.losses(model, images(), targets)
+
+
+VERBS: dict[str, Callable[[Any], Any]] = {
+    "deploy": deploy,
+    "unwrap_decoder": unwrap_decoder,
+    "calibrate": lambda model: calibrate(model, []),
+    "predict_distributions": lambda model: predict_distributions(model, images()),
+    "wrap_criterion": lambda model: wrap_criterion(nn.Identity(), model),
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_what_takes_a_wrapped_model_says_what_it_was_given(verb: str) -> None:
+    model = wrapped(RT_DETR)
+    for around, made_by in ((nn.DataParallel(model), "DataParallel"), (torch.compile(model), "torch.compile")):
+        with pytest.raises(WrapStateError, match=rf"{verb} takes the model that {made_by}\(model\) was given"):
+            VERBS[verb](around)
+    with pytest.raises(WrapStateError, match="this RTDetrForObjectDetection is not wrapped"):
+        VERBS[verb](build(RT_DETR))
+    with pytest.raises(UnsupportedModelError, match=f"{verb} takes a model, got None"):
+        VERBS[verb](None)
+
+
+def test_an_adapter_of_the_users_own_for_a_refused_host_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = f"{OmDetTurboForObjectDetection.__module__}.{OmDetTurboForObjectDetection.__qualname__}"
+    adapter = object()
+    monkeypatch.setitem(registry._registered, name, adapter)  # type: ignore[arg-type]
+    assert find_adapter(OmDetTurboForObjectDetection.__new__(OmDetTurboForObjectDetection)) is adapter
 
 
 def test_subclasses_of_a_host_find_its_adapter(host: Host) -> None:

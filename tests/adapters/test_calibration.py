@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from dfine_plugin import FDRConfig, WrapStateError, calibrate, deploy, unwrap_decoder, wrap_decoder
 from dfine_plugin.boxes import aligned_iou
@@ -139,6 +140,7 @@ def test_the_head_alone_is_trainable(host: Host) -> None:
     head = dict(host.fdr(model).named_parameters(prefix=f"{host.decoder}.fdr"))
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     assert {id(p) for group in optimizer.param_groups for p in group["params"]} == {id(p) for p in head.values()}
+    norms = {name: module.training for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
     for _ in range(2):
         host.loss(model, images(), labels()).backward()
         optimizer.step()
@@ -148,4 +150,5 @@ def test_the_head_alone_is_trainable(host: Host) -> None:
     trainable = {name for name, p in bare.named_parameters() if p.requires_grad}
     model = unwrap_decoder(model)
     assert {name for name, p in model.named_parameters() if p.requires_grad} == trainable
+    assert {name: model.get_submodule(name).training for name in norms} == norms
     assert_equal(host, model.eval(), bare.eval())

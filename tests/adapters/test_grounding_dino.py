@@ -93,6 +93,25 @@ def test_the_class_loss_is_the_hosts_and_so_is_its_gradient() -> None:
         torch.testing.assert_close(ours, theirs)
 
 
+def test_a_class_is_the_tokens_of_its_own_images_text() -> None:
+    """Of three images whose texts have two, one and three phrases; the host takes other texts' tokens from the second
+    image on."""
+    texts = torch.tensor([[101, 20, 1012, 30, 31, 102], [101, 40, 41, 42, 1012, 102], [101, 50, 1012, 60, 1012, 70]])
+    logits = torch.zeros(3, 4, 6)
+    label_maps = build_label_maps(logits, texts)
+    outputs = {"logits": logits, "label_maps": label_maps}
+    targets = [{"class_labels": torch.tensor(found)} for found in ([1, 0], [0], [2, 1])]
+    pairs = [(torch.tensor(q), torch.tensor(t)) for q, t in (([0, 3], [1, 0]), ([2], [0]), ([1, 2], [0, 1]))]
+    found = criterion(UnionGroundingDinoLoss, label_maps=label_maps)._get_target_classes_one_hot(
+        outputs, targets, pairs
+    )
+    slow = torch.zeros(3, 4, 6)
+    slow[0, 0, 1] = slow[0, 3, [3, 4]] = 1
+    slow[1, 2, [1, 2, 3]] = 1
+    slow[2, 1, 5] = slow[2, 2, 3] = 1
+    assert torch.equal(found, slow)
+
+
 def test_labels_name_phrases_of_their_own_images_text(host: TextHost) -> None:
     model = wrapped(host).train()
     inputs = {"pixel_values": images(), "input_ids": TEXTS, "attention_mask": (TEXTS != 0).long()}

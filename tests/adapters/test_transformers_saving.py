@@ -37,10 +37,11 @@ from dfine_plugin import (
     unwrap_decoder,
     wrap_decoder,
 )
+from dfine_plugin.adapters.transformers.prompt import fix_prompt
 from dfine_plugin.benchmarks.models.hosts import build_host
 
 from .hosts import Host, assert_equal, build, predict, randomise_fdr, train_step, wrapped
-from .transformers_hosts import HOSTS, TextHost
+from .transformers_hosts import HOSTS, TEXT, TextHost
 
 RT_DETR = {host.name: host for host in HOSTS}["rt-detr"]
 
@@ -165,10 +166,28 @@ def test_a_subclass_of_a_host_comes_back_as_such(tmp_path: Path) -> None:
     assert type(loaded) is MyDetr
     assert_equal(RT_DETR, model, loaded)
     assert_same_weights(model, loaded)
+    # what a notebook's cell defines when it is run again
+    again = type("MyDetr", (RTDetrForObjectDetection,), {})
+    assert type(load_pretrained(tmp_path)) is again
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["TheirDetr"]}))
     with pytest.raises(ValueError, match=r"holds a TheirDetr, .*: import its module first"):
         load_pretrained(tmp_path)
+
+
+def test_a_state_dict_gives_a_wrapped_model_on_meta_its_weights(host: Host) -> None:
+    model = wrapped(host)
+    with torch.device("meta"):
+        empty = wrap_decoder(type(model)(build(host).config), host.config())
+    if isinstance(host, TextHost):
+        fix_prompt(empty, **TEXT)
+    with pytest.raises(WrapStateError, match="has no weights for its FDR head: load it before the wrap"):
+        empty.load_state_dict(build(host).state_dict(), assign=True)
+    empty.load_state_dict(model.state_dict(), assign=True)
+    left = [name for name, x in (*empty.named_parameters(), *empty.named_buffers()) if x.is_meta]
+    assert not [name for name in left if ".fdr." in name]
+    if not left:  # other buffers that no state dict holds are the host's
+        assert_equal(host, model, empty.eval())
 
 
 def test_folders_of_version_0_1_0_load(host: Host, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import BertConfig
 from typer.testing import CliRunner
 
@@ -98,13 +99,19 @@ def test_data_that_is_none(unread: Path, tmp_path: Path) -> None:
     for content, said in [
         ("{", "instances_val.json cannot be read"),
         ("3", "instances_val.json cannot be read"),
-        ('{"images": []}', "is not in COCO's format: it has no annotations and no categories"),
+        ('{"images": [{}]}', "is not in COCO's format: it has no annotations and no categories"),
+        ('{"images": [], "annotations": [], "categories": [{}]}', "it has no images and no annotations"),
     ]:
         (data / "instances_val.json").write_text(content)
         assert said in refused(*call)
-    split = {"images": [{"file_name": "0.png"}], "annotations": [], "categories": []}
+    split = {"images": [{"file_name": "0.png"}], "annotations": [{}], "categories": [{"id": 1, "name": "a"}]}
     (data / "instances_val.json").write_text(json.dumps(split))
     assert f"{data / 'images' / '0.png'} cannot be read: " in refused(*call)
+    Image.new("RGB", (80, 60)).save(data / "images" / "0.png")
+    said = f"Invalid value for --data: the model has 3 classes, and {data} 1 categories, which are not all among them"
+    assert said in refused(*call)
+    assert "Invalid value for --images: either this or --data" in refused(*call, "--images", data)
+    assert "either this or --dynamic-batch" in refused(*call, "--dynamic-batch", "--batch-size", 2)
 
 
 def test_ap_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,13 +122,15 @@ def test_ap_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         main()
 
 
-@pytest.mark.parametrize("name", ["rt-detr", "rt-detr-v2", "deformable-detr-two-stage"])
+@pytest.mark.parametrize("name", ["rt-detr", "rt-detr-v2", "deformable-detr-two-stage", "lw-detr", "rf-detr"])
 def test_sizes_that_a_host_cannot_take(name: str, tmp_path: Path) -> None:
     """Whether a size is refused before the model is loaded is whether the loaded model would have taken it."""
+    if ROWS[name].missing:
+        pytest.skip(ROWS[name].missing)
     model = build(ROWS[name])
     model.save_pretrained(tmp_path)
     checkpoint = open_checkpoint(tmp_path)
-    for side in (64, 72, 73, 88, 89, 90, 96, 97):
+    for side in (40, 64, 72, 73, 88, 89, 90, 96, 97):
         try:
             checkpoint.check_size((side, 64))
             told = False
@@ -178,6 +187,11 @@ def test_checkpoints_that_cannot_be_read(tmp_path: Path) -> None:
     assert f"Invalid value for --model: {tmp_path} cannot be loaded: " in refused(*call)
     config.write_text(json.dumps({"model_type": "no such thing"}))
     assert f"Invalid value for --model: {tmp_path} cannot be read: " in refused(*call)
+    build(ROWS["rt-detr"]).save_pretrained(tmp_path)
+    held = load_file(weights)
+    save_file({name: x for name, x in held.items() if "bbox_embed.0" not in name}, weights, {"format": "pt"})
+    said = f"{tmp_path} cannot be loaded: it lacks weights of the RTDetrForObjectDetection: model.decoder.bbox_embed.0."
+    assert said in refused(*call)
     BertConfig().save_pretrained(tmp_path)
     said = f"Invalid value for --model: {tmp_path} cannot be loaded: Unrecognized configuration class .*AutoModel"
     assert re.search(rf"{said}ForObjectDetection\. ", refused(*call))

@@ -252,6 +252,22 @@ def test_settings_in_the_state_dict_survive_what_befalls_a_head(change: Any) -> 
         stored_head().load_state_dict(weights)
 
 
+@pytest.mark.parametrize(
+    ("position", "value", "said"),
+    [
+        (0, float("nan"), "num_bins nan"),
+        (0, float("inf"), "num_bins inf"),
+        (3, float("nan"), "weighting number nan"),
+        (3, 2.0, "weighting number 2"),
+    ],
+)
+def test_settings_that_no_head_has_are_named(position: int, value: float, said: str) -> None:
+    state = STORED.clone()
+    state[position] = value
+    with pytest.raises(SettingsMismatchError, match=rf"{said} \(this model: "):
+        stored_head().set_extra_state(state)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_settings_survive_a_cast_state_dict(dtype: torch.dtype) -> None:
     """Rounding is no other setting, but for another setting that a dtype can tell."""

@@ -81,6 +81,18 @@ def test_ap_of_a_perfect_and_of_a_shifted_detector() -> None:
     shifted = found._replace(boxes=found.boxes + np.array([5.0, 0, 5, 0]))
     assert split.average_precision([shifted], (100, 100)) == pytest.approx(60)
 
+    # a model with other classes beside these, in another order
+    names = {0: "N/A", 1: "b", 2: "c", 3: "a"}
+    other = found._replace(labels=np.array([3, 1]))
+    assert split.average_precision([other], (100, 100), names) == pytest.approx(100)
+    beside = detections([0.95, 0.9, 0.8], [2, 3, 1], [[0, 0, 9, 9], [10, 10, 50, 60], [12, 10, 50, 60]])
+    assert split.average_precision([beside], (100, 100), names) == pytest.approx(100)
+    assert split.categories({0: "LABEL_0", 1: "LABEL_1"}) == {0: 3, 1: 5}
+    with pytest.raises(ValueError, match="the model has 3 classes, and data 2 categories"):
+        split.categories({0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"})
+    with pytest.raises(ValueError, match="the model has a class 3, and data 2 categories"):
+        split.average_precision([other], (100, 100))
+
 
 @pytest.mark.slow
 def test_the_part_that_overflows_is_found_and_named(tmp_path: Path) -> None:
