@@ -42,6 +42,9 @@ class Checkpoint(Protocol):
             ``(1, 3, H, W)`` float32, without padding: boxes are in units of the whole image.
         """
 
+    def assumed(self) -> str | None:
+        """In words what :meth:`preprocess` takes for granted, for the checkpoint does not say it; None if it does."""
+
     def normalisation(self) -> Mapping[str, Any]:
         """What :meth:`preprocess` does to values from 0 to 255, as JSON can hold it: the order of ``channels``, and
         ``(value * scale - mean) / std``."""

@@ -114,6 +114,13 @@ _REFUSED = {
     "transformers.models.omdet_turbo.modeling_omdet_turbo.OmDetTurboForObjectDetection": (
         "cannot be trained: transformers has no loss for it, and so there is none for FDR to join"
     ),
+    "transformers.models.detr.modeling_detr.DetrForObjectDetection": _NO_REFERENCES,
+    "transformers.models.table_transformer.modeling_table_transformer.TableTransformerForObjectDetection": (
+        _NO_REFERENCES
+    ),
+    "transformers.models.yolos.modeling_yolos.YolosForObjectDetection": (
+        "has no decoder: its tokens become boxes in one go, with no reference boxes for FDR to refine"
+    ),
     "projects.detr.modeling.detr.DETR": _NO_REFERENCES,
     "projects.pnp_detr.modeling.detr.PnPDETR": _NO_REFERENCES,
     "projects.anchor_detr.modeling.anchor_detr.AnchorDETR": (

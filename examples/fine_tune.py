@@ -21,9 +21,9 @@ from torch.utils.data import DataLoader, Dataset
 from torchmetrics.detection import MeanAveragePrecision
 from torchvision.datasets import CocoDetection
 from torchvision.ops import box_convert
-from transformers import AutoImageProcessor, AutoModelForObjectDetection, Trainer, TrainingArguments
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForObjectDetection, Trainer, TrainingArguments
 
-from dfine_plugin import calibrate, load_pretrained, wrap_decoder
+from dfine_plugin import FDRConfig, calibrate, load_pretrained, wrap_decoder
 
 CALIBRATION_IMAGES = 128
 METRICS = {"AP": "map", "AP50": "map_50", "AP75": "map_75"}
@@ -81,9 +81,14 @@ def load_host(host: str, names: dict[int, str]) -> nn.Module:
     )
 
 
-def wrap(model: nn.Module, data: CocoSplit, batch_size: int) -> None:
-    """Wrap the host, and keep its boxes."""
-    wrap_decoder(model)
+def knows_classes(host: str, names: dict[int, str]) -> bool:
+    """Whether the host has been trained for these classes, and keeps its class heads."""
+    return AutoConfig.from_pretrained(host).id2label == names
+
+
+def wrap(model: nn.Module, data: CocoSplit, batch_size: int, known: bool) -> None:
+    """Wrap the host, and keep its boxes. New classes come first: FGL's gradient then stays in the FDR head."""
+    wrap_decoder(model, FDRConfig() if known else FDRConfig(distribution_losses_train="head"))
     loader = DataLoader(data, batch_size, shuffle=True, collate_fn=collate)
     batches = islice(loader, math.ceil(CALIBRATION_IMAGES / batch_size))
     print(calibrate(model, (batch["pixel_values"] for batch in batches)))
@@ -161,7 +166,7 @@ def main(
     processor = load_processor(host)
     train_data, val_data = (CocoSplit(folder, split, processor) for split in ("train", "val"))
     model = load_host(host, train_data.names)
-    wrap(model, train_data, batch_size)
+    wrap(model, train_data, batch_size, knows_classes(host, train_data.names))
     schedule = {"max_steps": steps, "per_device_train_batch_size": batch_size, "learning_rate": learning_rate}
     train(model, train_data, output, **schedule)
     model.save_pretrained(output)

@@ -74,6 +74,10 @@ def compare_thresholds(logits: Tensor, boxes: Tensor, deviations: Tensor, data: 
     """Print the precision at equal recall: of a threshold on the score; on the deviation, in sides of the box; and on
     the deviation, the higher the score the laxer."""
     scores, truths = logits.sigmoid().amax(-1), sum(map(len, data.boxes))
+    if not (scores >= LEAST_SCORE).any():
+        raise SystemExit(
+            f"no detection has a score of {LEAST_SCORE}: is it the model's data, and its processor beside it?"
+        )
     relative = (deviations / boxes[..., 2:].repeat(1, 1, 2)).mean(-1)
     ranks = {"score": scores, "deviation": -relative, "deviation by score": -relative / scores}
     for least_iou in (0.5, 0.75, 0.9):

@@ -96,6 +96,10 @@ class DetrexCheckpoint:
         pixels = torch.from_numpy(np.ascontiguousarray(inputs.image.transpose(2, 0, 1)))[None].float()
         return pixels / 255 if self.holds_detector else pixels
 
+    def assumed(self) -> str | None:
+        """See :class:`~dfine_plugin.checkpoints.Checkpoint`."""
+        return None
+
     def normalisation(self) -> Mapping[str, Any]:
         """See :class:`~dfine_plugin.checkpoints.Checkpoint`."""
         channels = self.of_mapper("img_format")

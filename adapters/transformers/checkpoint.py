@@ -111,6 +111,16 @@ class TransformersCheckpoint:
         pixels = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR), dtype=np.float32) / 255
         return torch.from_numpy(pixels).permute(2, 0, 1)[None].contiguous()
 
+    def assumed(self) -> str | None:
+        """See :class:`~dfine_plugin.checkpoints.Checkpoint`."""
+        if self.processor is not None:
+            return None
+        return (
+            f"there is no {IMAGE_PROCESSOR_NAME} in {self.folder}: images are scaled to {IMAGE_SIZE} x {IMAGE_SIZE} "
+            "pixels, unless you say otherwise, and values to [0, 1]; save the image processor there if the model was "
+            "trained on others"
+        )
+
     def normalisation(self) -> Mapping[str, Any]:
         """See :class:`~dfine_plugin.checkpoints.Checkpoint`."""
         scale, mean, std = 1 / 255, [0.0] * 3, [1.0] * 3

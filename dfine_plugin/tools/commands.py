@@ -338,6 +338,8 @@ def _open(path: Path, size: tuple[int, int] | None, trust: list[str] | None, tex
     with _told("--image-size"):
         if size is not None:
             checkpoint.check_size(size)
+    if assumed := checkpoint.assumed():
+        typer.echo(f"note: {assumed}", err=True)
     return checkpoint
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -406,6 +407,15 @@ def test_a_host_that_transformers_cannot_train_is_refused() -> None:
         )
     with pytest.raises(UnsupportedModelError, match=r"OmDetTurboForObjectDetection cannot be trained: .* no loss"):
         wrap_decoder(model)
+
+
+@pytest.mark.parametrize("name", ["Detr", "TableTransformer", "Yolos"])
+def test_hosts_without_reference_boxes_are_refused_by_their_names(name: str) -> None:
+    host = getattr(transformers, f"{name}ForObjectDetection")
+    with pytest.raises(
+        UnsupportedModelError, match=rf"{name}ForObjectDetection has no .*reference boxes.* for FDR to ref"
+    ):
+        find_adapter(host.__new__(host))
 
 
 def test_mal_wants_a_loss_of_classes_to_stand_in_for() -> None:

@@ -11,6 +11,7 @@ from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 from matplotlib.patches import Polygon, Rectangle
 from PIL import Image
+from transformers import RTDetrImageProcessor
 from typer.testing import CliRunner
 
 from dfine_plugin import FDRConfig
@@ -54,6 +55,16 @@ def test_a_saved_model_gives_a_picture(name: str, picture: Path, tmp_path: Path)
     assert sizes["all", 100][0] == sizes["last", 100][0]
     assert sizes["all", 100][1] > 2 * sizes["last", 100][1]  # three times the rows, under the same headings
     assert sizes["last", 150] == pytest.approx([1.5 * side for side in sizes["last", 100]], abs=1)
+
+
+def test_what_is_taken_for_granted_of_images_is_said(picture: Path, tmp_path: Path) -> None:
+    wrapped(ROWS["rt-detr"]).save_pretrained(tmp_path / "model")
+    call = ("--model", tmp_path / "model", "--image", picture, "--image-size", 64, "--threshold", 0)
+    _, text = run(*call, "--output", tmp_path / "picture.png")
+    assert "there is no preprocessor_config.json in" in text
+    RTDetrImageProcessor().save_pretrained(tmp_path / "model")
+    _, text = run(*call, "--output", tmp_path / "picture.png")
+    assert "preprocessor_config" not in text
 
 
 def test_what_cannot_be_shown_is_said(picture: Path, tmp_path: Path) -> None:

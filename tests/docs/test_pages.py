@@ -147,7 +147,7 @@ def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str,
 
     def from_hub(name: Any, **arguments: Any) -> Any:
         shipped = {"pretrained_model_name_or_path": HOST, "dtype": torch.float32}  # its file is in half precision
-        return load(**shipped, **arguments) if str(name).startswith("PekingU/") else load(name, **arguments)
+        return load(**{**shipped, **arguments}) if str(name).startswith("PekingU/") else load(name, **arguments)
 
     monkeypatch.setattr(transformers.RTDetrForObjectDetection, "from_pretrained", from_hub)
     monkeypatch.setattr(dfine_plugin, "calibrate", partial(dfine_plugin.calibrate, steps=5, progress=False))
@@ -162,6 +162,7 @@ def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str,
         "deformable_checkpoint": TRAINED / "deformable-detr",
         "train_dataset": TrainingView(data, flip=True, seed=0),
         "collate": collate,
+        "processor": transformers.AutoImageProcessor.from_pretrained(HOST),
         "arguments": transformers.TrainingArguments("output", max_steps=2, remove_unused_columns=False),
         "pixel_batches": [batch["pixel_values"]],
         "pixels": batch["pixel_values"],

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor
+from transformers import AutoConfig, AutoImageProcessor
 
 from dfine_plugin import is_wrapped
 from dfine_plugin.benchmarks.data.coco_data import read_split
@@ -85,6 +85,12 @@ def test_it_says_the_ap_of_the_model_that_it_leaves(
 
 
 @pytest.mark.slow
+def test_new_classes_are_known_from_those_of_the_host(examples: dict[str, ModuleType]) -> None:
+    names = AutoConfig.from_pretrained(HOST).id2label
+    assert examples["fine_tune"].knows_classes(HOST, dict(names))
+    assert not examples["fine_tune"].knows_classes(HOST, {**names, len(names): "another"})
+
+
 def test_what_it_refuses(examples: dict[str, ModuleType], data: Path, tmp_path: Path) -> None:
     code, printed = run(examples["fine_tune"], tmp_path)
     assert code == 2
