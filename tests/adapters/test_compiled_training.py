@@ -18,9 +18,10 @@ from .transformers_hosts import HOSTS, TransformersHost
 
 BACKEND = os.environ.get("DFINE_COMPILE", "aot_eager")
 COMPILED = [pytest.param(host, id=str(host)) for host in (HOSTS if "DFINE_COMPILE" in os.environ else HOSTS[:1])]
-MOST_BREAKS = 12
+MOST_BREAKS = 15
 """Of graphs in a step. The checks of truths and the loss are the plugin's; what looks at values before, such as where
-denoising queries lie, is the host's, and would be so bare, whose RT-DETR has 23 with its loss."""
+denoising queries lie, is the host's, and would be so bare: RT-DETR has 10 and bare 23, with its loss, RT-DETRv2 15 and
+27, Deformable-DETR 8 and 16."""
 
 
 @pytest.mark.slow
@@ -45,7 +46,9 @@ def test_a_compiled_step_is_the_same(host: TransformersHost) -> None:
         )
     (wanted, gradients), (loss, ours) = found
     assert loss == pytest.approx(wanted, rel=1e-5)
-    assert ours.keys() == gradients.keys()
+    # of what shares a graph with the loss, and is not in it, a graph gives zeros and not None
+    assert ours.keys() >= gradients.keys()
+    assert not [name for name in ours.keys() - gradients.keys() if ours[name].any()]
     largest = max(float(gradient.norm()) for gradient in gradients.values())
     for name, gradient in gradients.items():
         assert float((ours[name] - gradient).norm()) <= 1e-3 * max(float(gradient.norm()), 1e-3 * largest), name
