@@ -45,16 +45,17 @@ class TransformersCheckpoint:
         self.text = text
         self.processor = self.tokenizer = None
         try:
-            self.config = AutoConfig.from_pretrained(folder)
+            # not even after a question: nothing that lies in the folder is run
+            self.config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
             self.takes_text = hasattr(self.config, "text_config")
             if self.takes_text and text is None:
                 raise ValueError("it wants a text beside each image, such as 'a cat. a dog.', and none is given")
             if text is not None and not self.takes_text:
                 raise ValueError("it takes no text")
             if (folder / IMAGE_PROCESSOR_NAME).is_file():
-                self.processor = AutoImageProcessor.from_pretrained(folder)
+                self.processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
             if self.takes_text:
-                self.tokenizer = AutoTokenizer.from_pretrained(folder)
+                self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
                 # without its files transformers makes one that knows no words
                 if self.tokenizer.convert_tokens_to_ids(".") not in SPECIAL_TOKENS:
                     raise ValueError("there is no tokenizer of its own beside it: save the processor there, too")

@@ -1,5 +1,6 @@
 """Checkpoints come back as they were saved, with the preprocessing that was saved with them."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -51,6 +52,22 @@ def test_preprocessing_is_what_the_checkpoint_says(image: Image.Image, tmp_path:
     assert input_size(checkpoint) == (32, 48)
     normalised = checkpoint.preprocess(image, (64, 96))
     torch.testing.assert_close(normalised, (plain - 0.5) / 0.25, atol=0.05, rtol=0)
+
+
+def test_code_that_lies_beside_a_model_is_not_run(tmp_path: Path) -> None:
+    """Nor asked for, where transformers would wait for an answer."""
+    build(RT_DETR).save_pretrained(tmp_path)
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')\nclass Own: pass\n")
+    config = json.loads((tmp_path / "config.json").read_text())
+    processor = {"image_processor_type": "Own", "auto_map": {"AutoImageProcessor": "own.Own"}}
+    for name, content in (
+        ("preprocessor_config.json", processor),
+        ("config.json", {**config, "model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}),
+    ):
+        (tmp_path / name).write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=r"cannot be read: .*custom code"):
+            open_checkpoint(tmp_path)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_without_a_model_is_said(tmp_path: Path) -> None:
