@@ -19,6 +19,7 @@ COMMANDS = {
     "dfine_plugin.benchmarks.ablation": [],
     "dfine_plugin.benchmarks.retrofit": [],
     "dfine_plugin.benchmarks.trained_hosts": [],
+    "dfine_plugin.benchmarks.compare": [],
     "dfine_plugin.benchmarks.criterion": [],
     "dfine_plugin.benchmarks.latency": [],
     "dfine_plugin.benchmarks.latency_profile": [],
