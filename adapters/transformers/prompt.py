@@ -89,10 +89,10 @@ def class_logits(logits: Tensor, shares: Tensor) -> Tensor:
     """Logits ``(B, Q, K)`` of classes whose probability is the mean of their tokens', as the authors evaluate on COCO.
 
     Args:
-        logits: ``(B, Q, T)`` of tokens; minus infinity for those that are masked.
+        logits: ``(B, Q, T)`` of tokens, or of more, which fill the host's logits up; minus infinity where masked.
         shares: ``(T, K)``: :func:`token_shares` of one text.
     """
-    shares = shares.to(logits.dtype)
+    logits, shares = logits[..., : len(shares)], shares.to(logits.dtype)
     present, absent = (x.sigmoid() @ shares for x in (logits, -logits))
     return present.clamp(min=LEAST_PROBABILITY).log() - absent.clamp(min=LEAST_PROBABILITY).log()
 
@@ -130,9 +130,8 @@ class PromptedDetector(nn.Module):
         for name, text in texts.items():
             self.register_buffer(name, text.to(model.device), persistent=False)
         self.shares: Tensor
-        tokens = texts["input_ids"].to(model.device)
-        label_maps = build_label_maps(torch.empty(1, model.config.max_text_len), tokens)
-        self.register_buffer("shares", token_shares(label_maps)[0], persistent=False)
+        (shares,) = token_shares([phrases(*texts["input_ids"].to(model.device))])
+        self.register_buffer("shares", shares, persistent=False)
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         texts = {name: self.get_buffer(name).expand(len(pixel_values), -1) for name in self.names}

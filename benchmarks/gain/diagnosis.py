@@ -14,7 +14,6 @@ from torchvision.ops import batched_nms, box_convert
 
 from dfine_plugin.benchmarks.data.detection_data import DetectionData, normalise
 from dfine_plugin.benchmarks.gain.evaluation import Detected, coco_metrics, read_out
-from dfine_plugin.benchmarks.models.text_hosts import Prompted
 from dfine_plugin.boxes import edge_offsets, to_corners
 from dfine_plugin.record import FDRRecord
 from dfine_plugin.wrapping import binding_of, is_wrapped, keep_records
@@ -157,7 +156,7 @@ def predict_layers(model: Any, pixels: Tensor, labels: list[dict[str, Tensor]]) 
         record = records[0].queries(matched)
         assert record.initial_logits is not None
         layers = {INITIAL: (record.initial_logits, record.initial_boxes), **layers}
-    if isinstance(model, Prompted):
+    if hasattr(model, "of_classes"):  # logits of a text's tokens
         layers = {name: (model.of_classes(of_tokens), boxes) for name, (of_tokens, boxes) in layers.items()}
     return layers
 

@@ -115,6 +115,19 @@ def rt_detr_v2(class_names: list[str], num_queries: int) -> nn.Module:
     )
 
 
+_TRANSFORMER: dict[str, Any] = {
+    "encoder_layers": 1,
+    "encoder_ffn_dim": 128,
+    "encoder_attention_heads": 4,
+    "decoder_layers": 3,
+    "decoder_ffn_dim": 128,
+    "decoder_attention_heads": 4,
+    "auxiliary_loss": True,
+    # A model of this size underfits: dropout would cost accuracy, and randomness.
+    "dropout": 0.0,
+}
+
+
 def _deformable_detr(class_names: list[str], num_queries: int, two_stage: bool) -> nn.Module:
     from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection, ResNetConfig
 
@@ -122,19 +135,11 @@ def _deformable_detr(class_names: list[str], num_queries: int, two_stage: bool) 
         backbone_config=ResNetConfig(**_RESNET),
         d_model=64,
         num_feature_levels=3,
-        encoder_layers=1,
-        encoder_ffn_dim=128,
-        encoder_attention_heads=4,
-        decoder_layers=3,
-        decoder_ffn_dim=128,
-        decoder_attention_heads=4,
         num_queries=num_queries,
         two_stage_num_proposals=num_queries,
         two_stage=two_stage,
         with_box_refine=True,
-        auxiliary_loss=True,
-        # A model of this size underfits: dropout would cost accuracy, and randomness.
-        dropout=0.0,
+        **_TRANSFORMER,
         **_labels(class_names),
     )
     return DeformableDetrForObjectDetection(config)
@@ -159,15 +164,8 @@ def _dense_attention(class_names: list[str], num_queries: int) -> dict[str, Any]
     stages = {"hidden_sizes": [16, 32, 64], "depths": [1, 1, 1], "out_features": ["stage3"]}
     return {
         "backbone_config": ResNetConfig(**{**_RESNET, **stages}),
-        "encoder_layers": 1,
-        "encoder_ffn_dim": 128,
-        "encoder_attention_heads": 4,
-        "decoder_layers": 3,
-        "decoder_ffn_dim": 128,
-        "decoder_attention_heads": 4,
         "num_queries": num_queries,
-        "auxiliary_loss": True,
-        "dropout": 0.0,
+        **_TRANSFORMER,
         **_labels(class_names),
     }
 
@@ -264,15 +262,8 @@ def _grounding_dino(class_names: list[str], num_queries: int) -> dict[str, Any]:
         "max_text_len": 2 + 2 * len(class_names),
         "d_model": 64,
         "num_feature_levels": 3,
-        "encoder_layers": 1,
-        "encoder_ffn_dim": 128,
-        "encoder_attention_heads": 4,
-        "decoder_layers": 3,
-        "decoder_ffn_dim": 128,
-        "decoder_attention_heads": 4,
         "num_queries": num_queries,
-        "auxiliary_loss": True,
-        "dropout": 0.0,
+        **_TRANSFORMER,
         "fusion_droppath": 0.0,
         **_labels(class_names),
     }

@@ -34,7 +34,8 @@ class Prompted(PreTrainedModel):
         self.text: Tensor
         self.shares: Tensor
         self.register_buffer("text", text[None], persistent=False)
-        self.register_buffer("shares", token_shares([phrases(text)])[0], persistent=False)
+        (shares,) = token_shares([phrases(text)])
+        self.register_buffer("shares", shares, persistent=False)
 
     def forward(self, pixel_values: Tensor, input_ids: Tensor | None = None, **inputs: Any) -> Any:
         if input_ids is not None:
@@ -45,7 +46,7 @@ class Prompted(PreTrainedModel):
 
     def of_classes(self, logits: Tensor) -> Tensor:
         """Logits ``(..., K)`` of the classes from those ``(..., T)`` of the text's tokens."""
-        return class_logits(logits[..., : len(self.shares)], self.shares)
+        return class_logits(logits, self.shares)
 
 
 class PromptedGroundingDinoForObjectDetection(Prompted, GroundingDinoForObjectDetection):

@@ -170,20 +170,21 @@ def export(
     paths = split.image_paths() if split else _image_files(images) if images else []
     for path in paths:
         _picture(path, "--data" if split else "--images")
-    checkpoint = _open(model, image_size, trust, text)
+    checkpoint = _open(model, trust, text)
+    class_names = checkpoint.class_names()
     height, width = size = image_size or input_size(checkpoint)
     with _told("--image-size"):
         checkpoint.check_size(size)
     if split:
         with _told("--data"):
-            split.categories(checkpoint.class_names())
+            split.categories(class_names)
     detector = _load(checkpoint)
     if num_layers is not None:
         with _told("--num-layers"):
             deploy(detector, num_layers)
     batch = None if dynamic_batch else batch_size
     with _told():
-        about = {"class_names": dict(checkpoint.class_names()), "normalisation": dict(checkpoint.normalisation())}
+        about = {"class_names": dict(class_names), "normalisation": dict(checkpoint.normalisation())}
         export_onnx(detector, output, size, batch, precision.value, detections, metadata=about, deviations=deviations)
     count = "any number of" if batch is None else batch
     typer.echo(f"{checkpoint} -> {output}: {precision.value}, {count} images of {height} x {width}")
@@ -191,7 +192,7 @@ def export(
         typer.echo("not compared with torch: give --images or --data")
         return
     pixels = [checkpoint.preprocess(read_picture(path), size)[0] for path in paths]
-    _compare(detector, output, precision, detections, pixels, threshold, split, checkpoint.class_names())
+    _compare(detector, output, precision, detections, pixels, threshold, split, class_names)
 
 
 def _compare(
@@ -299,7 +300,7 @@ def show(
     from .writing import written_whole
 
     picture = _picture(image, "--image")
-    checkpoint = _open(model, image_size, trust, text)
+    checkpoint = _open(model, trust, text)
     pixels = checkpoint.preprocess(picture, image_size)
     height, width = pixels.shape[-2:]
     with _told("--image-size"):
@@ -329,15 +330,12 @@ def _told(option: str | None = None) -> Iterator[None]:
         raise typer.BadParameter(str(error), param_hint=option) from error
 
 
-def _open(path: Path, size: tuple[int, int] | None, trust: list[str] | None, text: str | None) -> Checkpoint:
-    """The checkpoint at a path, for images of a size: nothing of its weights is read."""
+def _open(path: Path, trust: list[str] | None, text: str | None) -> Checkpoint:
+    """The checkpoint at a path, of whose weights nothing is read; what it leaves open is said."""
     from ..checkpoints import open_checkpoint
 
     with _told("--model"):
         checkpoint = open_checkpoint(path, trust or (), text)
-    with _told("--image-size"):
-        if size is not None:
-            checkpoint.check_size(size)
     if assumed := checkpoint.assumed():
         typer.echo(f"note: {assumed}", err=True)
     return checkpoint

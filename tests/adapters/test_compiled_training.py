@@ -13,15 +13,16 @@ from torch._dynamo.utils import counters
 
 from dfine_plugin import wrap_decoder
 
-from .hosts import build, images, labels, randomise_fdr
+from .hosts import build, idle_parameters, images, labels, randomise_fdr
 from .transformers_hosts import HOSTS, TransformersHost
 
 BACKEND = os.environ.get("DFINE_COMPILE", "aot_eager")
 COMPILED = [pytest.param(host, id=str(host)) for host in (HOSTS if "DFINE_COMPILE" in os.environ else HOSTS[:1])]
-MOST_BREAKS = 16
+MOST_BREAKS = 12
 """Of graphs in a step. The checks of truths and the loss are the plugin's; what looks at values before, such as where
-denoising queries lie, is the host's, and would be so bare: RT-DETR has 10 and bare 23, with its loss, RT-DETRv2 15 and
-27, Deformable-DETR 8 and 16, Grounding DINO 16 and 32."""
+denoising queries lie, is the host's, and would be so bare, whose RT-DETR has 23 with its loss."""
+BREAKS = {"rt-detr-v2": 15, "grounding-dino": 16, "mm-grounding-dino": 16}
+"""Of hosts that look at more values themselves: bare they have 27 and 32."""
 
 
 @pytest.mark.slow
@@ -46,10 +47,11 @@ def test_a_compiled_step_is_the_same(host: TransformersHost) -> None:
         )
     (wanted, gradients), (loss, ours) = found
     assert loss == pytest.approx(wanted, rel=1e-5)
-    # of what shares a graph with the loss, and is not in it, a graph gives zeros and not None
     assert ours.keys() >= gradients.keys()
+    # what the host's own loss does not reach, but shares a graph with it, has zeros there and not None
+    assert ours.keys() - gradients.keys() <= idle_parameters(host)
     assert not [name for name in ours.keys() - gradients.keys() if ours[name].any()]
     largest = max(float(gradient.norm()) for gradient in gradients.values())
     for name, gradient in gradients.items():
         assert float((ours[name] - gradient).norm()) <= 1e-3 * max(float(gradient.norm()), 1e-3 * largest), name
-    assert 0 < sum(counters["graph_break"].values()) <= MOST_BREAKS
+    assert 0 < sum(counters["graph_break"].values()) <= BREAKS.get(host.name, MOST_BREAKS)

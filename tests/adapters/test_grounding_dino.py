@@ -95,21 +95,30 @@ def test_the_class_loss_is_the_hosts_and_so_is_its_gradient() -> None:
 
 def test_a_class_is_the_tokens_of_its_own_images_text() -> None:
     """Of three images whose texts have two, one and three phrases; the host takes other texts' tokens from the second
-    image on."""
+    image on. Loss and gradient are those of a focal loss token by token."""
     texts = torch.tensor([[101, 20, 1012, 30, 31, 102], [101, 40, 41, 42, 1012, 102], [101, 50, 1012, 60, 1012, 70]])
-    logits = torch.zeros(3, 4, 6)
+    logits = 3 * torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     label_maps = build_label_maps(logits, texts)
-    outputs = {"logits": logits, "label_maps": label_maps}
+    outputs = {"logits": logits, "label_maps": label_maps, "text_mask": torch.ones(3, 4, 6, dtype=torch.bool)}
     targets = [{"class_labels": torch.tensor(found)} for found in ([1, 0], [0], [2, 1])]
     pairs = [(torch.tensor(q), torch.tensor(t)) for q, t in (([0, 3], [1, 0]), ([2], [0]), ([1, 2], [0, 1]))]
-    found = criterion(UnionGroundingDinoLoss, label_maps=label_maps)._get_target_classes_one_hot(
-        outputs, targets, pairs
-    )
-    slow = torch.zeros(3, 4, 6)
+    ours = criterion(UnionGroundingDinoLoss, label_maps=label_maps)
+    found = ours._get_target_classes_one_hot(outputs, targets, pairs)
+    slow = torch.zeros(3, 4, 6, dtype=torch.float64)
     slow[0, 0, 1] = slow[0, 3, [3, 4]] = 1
     slow[1, 2, [1, 2, 3]] = 1
     slow[2, 1, 5] = slow[2, 2, 3] = 1
     assert torch.equal(found, slow)
+
+    logits.requires_grad_(True)
+    loss = ours.loss_labels(outputs, targets, pairs, 5.0)["loss_ce"]
+    wanted = torch.zeros((), dtype=torch.float64)
+    for image, query, token in itertools.product(range(3), range(4), range(6)):
+        p = logits[image, query, token].sigmoid()
+        wanted = wanted - (0.25 * (1 - p) ** 2 * p.log() if slow[image, query, token] else 0.75 * p**2 * (1 - p).log())
+    torch.testing.assert_close(loss, wanted / 5)
+    gradients = (torch.autograd.grad(total, logits)[0] for total in (loss, wanted / 5))
+    torch.testing.assert_close(*gradients)
 
 
 def test_labels_name_phrases_of_their_own_images_text(host: TextHost) -> None:

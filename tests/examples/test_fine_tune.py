@@ -91,6 +91,7 @@ def test_new_classes_are_known_from_those_of_the_host(examples: dict[str, Module
     assert not examples["fine_tune"].knows_classes(HOST, {**names, len(names): "another"})
 
 
+@pytest.mark.slow
 def test_what_it_refuses(examples: dict[str, ModuleType], data: Path, tmp_path: Path) -> None:
     code, printed = run(examples["fine_tune"], tmp_path)
     assert code == 2
