@@ -28,6 +28,7 @@ from dfine_plugin.benchmarks.gain.variants import BASELINE, DEFAULT_VARIANTS, pa
 from dfine_plugin.benchmarks.models.hosts import HOSTS
 from dfine_plugin.benchmarks.options import (
     ClassLossOption,
+    MosaicsOption,
     check_data,
     check_device_name,
     check_fair_baseline,
@@ -91,6 +92,7 @@ def main(
     val_images: Annotated[int, typer.Option(min=1, help="of the shapes")] = 400,
     long: Annotated[bool, typer.Option("--long", help=f"at least {LONG_SEEDS} seeds")] = False,
     class_loss: ClassLossOption = "host",
+    mosaics: MosaicsOption = 0.0,
     device: Annotated[str, typer.Option(help="cpu or cuda", callback=check_device_name)] = "cpu",
     jobs: Annotated[int | None, typer.Option(help="processes at a time; default: the number of cores")] = None,
     ray: Annotated[
@@ -138,6 +140,7 @@ def main(
         num_queries=queries,
         clip_norm=clip_norm or HOSTS[host].clip_norm,
         class_loss=class_loss,
+        mosaics=mosaics,
         train_images=train_images,
         val_images=val_images,
         device=device,

@@ -9,6 +9,7 @@ The reports say what each row gains over the baseline beside it; this says what 
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated
 
@@ -16,9 +17,13 @@ import typer
 
 from dfine_plugin.benchmarks.gain.paired import paired_difference
 from dfine_plugin.benchmarks.gain.report import DIAGNOSIS, METRICS, variants_of
+from dfine_plugin.benchmarks.gain.runs import RetrofitSettings
 from dfine_plugin.benchmarks.reporting import NONE, Result, table_header, table_row
 
-MAY_DIFFER = ("variant", "seed", "class_loss")
+DEFAULTS = {field.name: field.default for field in fields(RetrofitSettings)}
+"""What earlier reports do not say, for nothing else could be chosen."""
+
+MAY_DIFFER = ("variant", "seed", "class_loss", "mosaics")
 """Settings that two rows need not have in common."""
 
 REPORT = {"exists": True, "dir_okay": False}
@@ -56,7 +61,8 @@ def check_fair(one: Result, other: Result) -> None:
     """
     settings = [r["settings"] for r in (one, other)]
     names = {name for found in settings for name in found} - {*MAY_DIFFER}
-    wrong = sorted(name for name in names if settings[0].get(name) != settings[1].get(name))
+    values = {name: [found.get(name, DEFAULTS.get(name)) for found in settings] for name in names}
+    wrong = sorted(name for name, (first, second) in values.items() if first != second)
     if wrong:
         raise ValueError(f"the rows differ in {', '.join(wrong)}: no fair twins")
 

@@ -62,6 +62,13 @@ ClassLossOption = Annotated[
     str, typer.Option(help=f"of baseline and wrapped alike: {' or '.join(CLASS_LOSSES)}", callback=check_class_loss)
 ]
 
+MosaicsOption = Annotated[
+    float,
+    typer.Option(
+        min=0.0, max=1.0, help="share of the images that are mosaics in the first half, of baseline and wrapped alike"
+    ),
+]
+
 
 def find_device(name: str) -> torch.device:
     """The device of that name, if it is here."""

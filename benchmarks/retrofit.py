@@ -26,11 +26,11 @@ from rich.console import Console
 from dfine_plugin.benchmarks.gain.paired import PairedDifference, paired_difference
 from dfine_plugin.benchmarks.gain.report import (
     METRICS,
-    by_mal,
     every_seed,
     figures,
     gain,
     gains_by_class,
+    shared_options,
     variants_of,
     verdict_of,
 )
@@ -39,6 +39,7 @@ from dfine_plugin.benchmarks.gain.scheduling import run_all
 from dfine_plugin.benchmarks.gain.variants import BASELINE, parse_variants
 from dfine_plugin.benchmarks.options import (
     ClassLossOption,
+    MosaicsOption,
     check_data,
     check_device_name,
     check_fair_baseline,
@@ -77,8 +78,8 @@ def markdown(results: Sequence[Result], failures: Sequence[str] = ()) -> str:
         f"## {Path(settings['trained']).name}, trained, on {Path(settings['data']).name}",
         "",
         f"{settings['steps']} steps of batch {settings['batch_size']}, {settings['image_size']} px, learning rate "
-        f"{settings['learning_rate']:g}, EMA weights{by_mal(settings)}, {len(seeds)} seeds. Gain: paired difference to "
-        "the host trained on for as many steps, with its 95 % Student-t interval.",
+        f"{settings['learning_rate']:g}, EMA weights{shared_options(settings)}, {len(seeds)} seeds. Gain: paired "
+        "difference to the host trained on for as many steps, with its 95 % Student-t interval.",
         "",
         "### AP after so many steps",
         "",
@@ -139,6 +140,7 @@ def main(
     train_images: Annotated[int, typer.Option(min=1, help="of the shapes")] = 2000,
     val_images: Annotated[int, typer.Option(min=1, help="of the shapes")] = 400,
     class_loss: ClassLossOption = "host",
+    mosaics: MosaicsOption = 0.0,
     device: Annotated[str, typer.Option(help="cpu or cuda", callback=check_device_name)] = "cpu",
     jobs: Annotated[int | None, typer.Option(help="processes at a time; default: the number of cores")] = None,
     output: Annotated[Path, typer.Option(file_okay=False, help="folder for runs, table, figures and plot")] = Path(
@@ -175,6 +177,7 @@ def main(
         batch_size=batch_size,
         learning_rate=lr,
         class_loss=class_loss,
+        mosaics=mosaics,
         train_images=train_images,
         val_images=val_images,
         device=device,

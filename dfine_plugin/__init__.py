@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .head import FDRHead
     from .losses import ddf_loss, fgl_loss
     from .matching import GOLSDMatcher, union_matching
+    from .mosaics import make_mosaics
     from .registry import register_adapter, supported_hosts
     from .uncertainty import ConformalScale, edge_deviations
     from .weighting import weighting_function
@@ -56,6 +57,7 @@ __all__ = [
     "fgl_loss",
     "is_wrapped",
     "load_pretrained",
+    "make_mosaics",
     "register_adapter",
     "supported_hosts",
     "union_matching",
@@ -74,6 +76,7 @@ _MODULES = (
     "head",
     "losses",
     "matching",
+    "mosaics",
     "registry",
     "weighting",
     "uncertainty",

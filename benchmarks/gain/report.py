@@ -98,9 +98,11 @@ def _figure(values: dict[int, float]) -> str:
     return f"{mean:.1f} ± {spread:.1f}" if len(values) > 1 else f"{mean:.1f}"
 
 
-def by_mal(settings: Mapping[str, Any]) -> str:
-    """What the description of runs says more, if all learn their classes by MAL."""
-    return ", classes by MAL for all" if settings.get("class_loss") == "mal" else ""
+def shared_options(settings: Mapping[str, Any]) -> str:
+    """What the description of runs says more, if all learn their classes by MAL, or from mosaics."""
+    mal = ", classes by MAL for all" if settings.get("class_loss") == "mal" else ""
+    share = settings.get("mosaics", 0)
+    return mal + (f", mosaics for {100 * share:g} % of the images of all in the first half" if share else "")
 
 
 def markdown(results: Sequence[Result], failures: Sequence[str] = ()) -> str:
@@ -111,8 +113,8 @@ def markdown(results: Sequence[Result], failures: Sequence[str] = ()) -> str:
     lines += [
         f"{settings['steps']} steps of batch {settings['batch_size']}, {settings['image_size']} px, "
         f"{settings['num_queries']} queries, learning rate {settings['learning_rate']:g}, EMA weights"
-        f"{by_mal(settings)}. Mean ± standard deviation over the seeds; gain: paired difference to the baseline with "
-        "its 95 % Student-t interval.",
+        f"{shared_options(settings)}. Mean ± standard deviation over the seeds; gain: paired difference to the "
+        "baseline with its 95 % Student-t interval.",
         "",
         "### Equal steps",
         "",

@@ -17,8 +17,10 @@ from dfine_plugin.tools.writing import written_whole
 class RunSettings:
     """Everything that a run's outcome depends on, besides code and machine. `steps` are optimizer steps.
 
-    `class_loss` is FDRConfig's, of baseline and wrapped alike. `data` is "shapes" or a folder in COCO format; the
-    numbers of images hold for shapes only. `evaluations` are spread evenly over the schedule, the last at its end.
+    `class_loss` is FDRConfig's, and `mosaics` the share of the images that :func:`~dfine_plugin.make_mosaics` replaces
+    in the first half of the schedule: both of baseline and wrapped alike. `data` is "shapes" or a folder in COCO
+    format; the numbers of images hold for shapes only. `evaluations` are spread evenly over the schedule, the last at
+    its end.
     """
 
     host: str
@@ -36,6 +38,7 @@ class RunSettings:
     weight_decay: float = 1e-4
     clip_norm: float = 0.1
     class_loss: str = "host"
+    mosaics: float = 0.0
     ema_decay: float = 0.99
     flip: bool = True
     evaluations: int = 4

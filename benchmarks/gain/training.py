@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import set_seed
 
-from dfine_plugin import FDRConfig, calibrate, wrap_decoder
+from dfine_plugin import FDRConfig, calibrate, make_mosaics, wrap_decoder
 from dfine_plugin.benchmarks.data.coco_data import read_split
 from dfine_plugin.benchmarks.data.detection_data import DetectionData, TrainingView, collate, normalise
 from dfine_plugin.benchmarks.data.shapes import make_shapes
@@ -74,7 +74,16 @@ def build_model(settings: RunSettings, data: DetectionData) -> nn.Module:
 
 
 class DetectionTrainer(Trainer):
-    """Trainer for models that return their own loss."""
+    """Trainer for models that return their own loss; with mosaics for a share of the images in the first half.
+
+    Their random numbers come from a generator of its own, so that two models which draw different amounts of random
+    numbers still see the same images.
+    """
+
+    def __init__(self, *args: Any, mosaics: float = 0.0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.mosaics = mosaics
+        self.random = torch.Generator().manual_seed(self.args.seed + self.args.process_index)
 
     def compute_loss(
         self,
@@ -83,8 +92,10 @@ class DetectionTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        pixels = inputs["pixel_values"].contiguous(memory_format=torch.channels_last)
-        outputs = model(pixel_values=pixels, labels=inputs["labels"])
+        pixels, labels = inputs["pixel_values"], inputs["labels"]
+        if self.mosaics and self.state.global_step < self.state.max_steps // 2:
+            pixels, labels = make_mosaics(pixels, labels, self.mosaics, self.random)
+        outputs = model(pixel_values=pixels.contiguous(memory_format=torch.channels_last), labels=labels)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
 
@@ -148,6 +159,7 @@ def train_run(settings: RunSettings, report: Report | None = None, models: Path 
             train_dataset=TrainingView(train, settings.flip, settings.seed),
             data_collator=collate,
             callbacks=[recorder],
+            mosaics=settings.mosaics,
         )
         trainer.remove_callback(PrinterCallback)
         calls_cuda = settings.host in HOSTS and HOSTS[settings.host].calls_cuda

@@ -20,13 +20,15 @@ from transformers import AutoImageProcessor
 from typer import Typer
 from typer.testing import CliRunner
 
-from dfine_plugin import FDRConfig, adapters, load_pretrained
+from dfine_plugin import FDRConfig, adapters, load_pretrained, make_mosaics
 from dfine_plugin.benchmarks import ablation
 from dfine_plugin.benchmarks.ablation import main
 from dfine_plugin.benchmarks.data.detection_data import normalise
 from dfine_plugin.benchmarks.data.shapes import make_shapes
+from dfine_plugin.benchmarks.gain import training
 from dfine_plugin.benchmarks.gain.ema import make_ema
 from dfine_plugin.benchmarks.gain.evaluation import coco_metrics, detect
+from dfine_plugin.benchmarks.gain.report import markdown
 from dfine_plugin.benchmarks.gain.runs import RunSettings, code_digest, find_model, load_run, save_model, save_run
 from dfine_plugin.benchmarks.gain.training import build_model, load_data
 from dfine_plugin.benchmarks.gain.variants import fdr_settings, parse_variants
@@ -59,6 +61,28 @@ def test_the_command_trains_writes_and_resumes(tmp_path: Path) -> None:
     again = CliRunner().invoke(APP, arguments)
     assert "2 of 2 runs are finished already" in again.output
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()} == times
+
+
+@pytest.mark.slow
+def test_twins_learn_from_the_same_mosaics_in_the_first_half(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: dict[str, list[torch.Tensor]] = {}
+    settings = replace(SETTINGS, train_images=16, val_images=6, mosaics=0.75)
+
+    def keep(*given: Any) -> Any:
+        made = make_mosaics(*given)
+        drawn[variant] += [made[0], *(target["boxes"] for target in made[1])]
+        return made
+
+    monkeypatch.setattr(training, "make_mosaics", keep)
+    for variant in ("baseline", "fdr"):
+        drawn[variant] = []
+        result = training.train_run(replace(settings, variant=variant))
+        assert "mosaics for 75 % of the images of all in the first half" in markdown([result])
+    images = 5 * (1 + SETTINGS.batch_size)  # of the first five steps of ten
+    assert [len(made) for made in drawn.values()] == [images, images]
+    assert all(torch.equal(one, other) for one, other in zip(*drawn.values(), strict=True))
+    truths = [len(boxes) for boxes in drawn["fdr"] if boxes.dim() == 2]
+    assert max(truths) > 5  # which is the most that an image of the embedded data has
 
 
 @pytest.mark.slow
