@@ -22,17 +22,19 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from dfine_plugin.benchmarks.gain.runs import RunSettings
+from dfine_plugin.benchmarks.gain.runs import RunSettings, with_row
 from dfine_plugin.benchmarks.gain.scheduling import Cluster, run_all
 from dfine_plugin.benchmarks.gain.variants import BASELINE, DEFAULT_VARIANTS, parse_variants
 from dfine_plugin.benchmarks.models.hosts import HOSTS
 from dfine_plugin.benchmarks.options import (
     ClassLossOption,
     MosaicsOption,
+    TeacherOption,
     check_data,
     check_device_name,
     check_fair_baseline,
     check_host_takes,
+    check_teacher,
 )
 from dfine_plugin.benchmarks.reporting import write_json, write_text
 
@@ -93,6 +95,7 @@ def main(
     long: Annotated[bool, typer.Option("--long", help=f"at least {LONG_SEEDS} seeds")] = False,
     class_loss: ClassLossOption = "host",
     mosaics: MosaicsOption = 0.0,
+    teacher: TeacherOption = None,
     device: Annotated[str, typer.Option(help="cpu or cuda", callback=check_device_name)] = "cpu",
     jobs: Annotated[int | None, typer.Option(help="processes at a time; default: the number of cores")] = None,
     ray: Annotated[
@@ -128,6 +131,7 @@ def main(
         rows = parse_variants(variants)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--variants") from error
+    check_teacher(teacher, rows)
     settings = RunSettings(
         host=host,
         variant=BASELINE,
@@ -159,7 +163,7 @@ def main(
         settings = replace(settings, learning_rate=tuning["chosen"])
     count = max(seeds, LONG_SEEDS) if long else seeds
     # Seed by seed, so that a comparison that is stopped holds whole pairs.
-    runs = [replace(settings, variant=row, seed=seed) for seed in range(count) for row in rows]
+    runs = [with_row(settings, row, seed, teacher) for seed in range(count) for row in rows]
     models = output / "models" if save_models else None
     results, failures = run_all(runs, output / "runs", jobs, console, models, cluster)
     if os.environ.get("RANK", "0") != "0":

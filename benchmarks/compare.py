@@ -23,7 +23,7 @@ from dfine_plugin.benchmarks.reporting import NONE, Result, table_header, table_
 DEFAULTS = {field.name: field.default for field in fields(RetrofitSettings)}
 """What earlier reports do not say, for nothing else could be chosen."""
 
-MAY_DIFFER = ("variant", "seed", "class_loss", "mosaics")
+MAY_DIFFER = ("variant", "seed", "class_loss", "mosaics", "teacher")
 """Settings that two rows need not have in common."""
 
 REPORT = {"exists": True, "dir_okay": False}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dfine_plugin.benchmarks.gain.variants import is_taught
 from dfine_plugin.config import CLASS_LOSSES
 from dfine_plugin.tools.image_sizes import RT_DETR_STRIDES, check_image_size
 
@@ -68,6 +70,27 @@ MosaicsOption = Annotated[
         min=0.0, max=1.0, help="share of the images that are mosaics in the first half, of baseline and wrapped alike"
     ),
 ]
+
+TeacherOption = Annotated[
+    Path | None,
+    typer.Option(exists=True, file_okay=False, help="folder of a wrapped model, for the row that learns from one"),
+]
+
+
+def check_teacher(teacher: Path | None, rows: Sequence[str]) -> None:
+    """Refuse rows that learn from a teacher without one, a teacher without such rows, and one that is not wrapped."""
+    taught = [row for row in rows if is_taught(row)]
+    wrong = None
+    if teacher is None:
+        wrong = f"the row {taught[0]} learns from one" if taught else None
+    elif not taught:
+        wrong = "no row learns from one, as 'taught' does"
+    elif not (teacher / "config.json").is_file():
+        wrong = f"{teacher} has no config.json: give a folder that save_pretrained wrote"
+    elif "dfine_plugin" not in json.loads((teacher / "config.json").read_text()):
+        wrong = f"{teacher} is not wrapped: its boxes come from no distributions"
+    if wrong:
+        raise typer.BadParameter(wrong, param_hint="--teacher")
 
 
 def find_device(name: str) -> torch.device:

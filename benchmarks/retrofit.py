@@ -15,7 +15,6 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated
@@ -30,20 +29,22 @@ from dfine_plugin.benchmarks.gain.report import (
     figures,
     gain,
     gains_by_class,
-    shared_options,
+    options_of,
     variants_of,
     verdict_of,
 )
-from dfine_plugin.benchmarks.gain.runs import RetrofitSettings
+from dfine_plugin.benchmarks.gain.runs import RetrofitSettings, with_row
 from dfine_plugin.benchmarks.gain.scheduling import run_all
 from dfine_plugin.benchmarks.gain.variants import BASELINE, parse_variants
 from dfine_plugin.benchmarks.options import (
     ClassLossOption,
     MosaicsOption,
+    TeacherOption,
     check_data,
     check_device_name,
     check_fair_baseline,
     check_host_takes,
+    check_teacher,
 )
 from dfine_plugin.benchmarks.reporting import Result, table_header, table_row, write_json, write_text
 from dfine_plugin.benchmarks.trained_hosts import IMAGE_SIZE, STEPS, facts, find_trained
@@ -78,7 +79,7 @@ def markdown(results: Sequence[Result], failures: Sequence[str] = ()) -> str:
         f"## {Path(settings['trained']).name}, trained, on {Path(settings['data']).name}",
         "",
         f"{settings['steps']} steps of batch {settings['batch_size']}, {settings['image_size']} px, learning rate "
-        f"{settings['learning_rate']:g}, EMA weights{shared_options(settings)}, {len(seeds)} seeds. Gain: paired "
+        f"{settings['learning_rate']:g}, EMA weights{options_of(results)}, {len(seeds)} seeds. Gain: paired "
         "difference to the host trained on for as many steps, with its 95 % Student-t interval.",
         "",
         "### AP after so many steps",
@@ -141,6 +142,7 @@ def main(
     val_images: Annotated[int, typer.Option(min=1, help="of the shapes")] = 400,
     class_loss: ClassLossOption = "host",
     mosaics: MosaicsOption = 0.0,
+    teacher: TeacherOption = None,
     device: Annotated[str, typer.Option(help="cpu or cuda", callback=check_device_name)] = "cpu",
     jobs: Annotated[int | None, typer.Option(help="processes at a time; default: the number of cores")] = None,
     output: Annotated[Path, typer.Option(file_okay=False, help="folder for runs, table, figures and plot")] = Path(
@@ -157,6 +159,7 @@ def main(
         config = json.loads((find_trained(trained) / "config.json").read_text())
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
+    check_teacher(teacher, variants)
     if "dfine_plugin" in config:
         raise typer.BadParameter(f"{trained} is wrapped already", param_hint="--trained")
     if trained in STEPS:
@@ -185,7 +188,7 @@ def main(
     )
     jobs = jobs or (os.cpu_count() or 1 if device == "cpu" else 1)
     numbers = range(first_seed, first_seed + seeds)
-    runs = [replace(settings, variant=row, seed=seed) for seed in numbers for row in variants]
+    runs = [with_row(settings, row, seed, teacher) for seed in numbers for row in variants]
     models = output / "models" if save_models else None
     results, failures = run_all(runs, output / "runs", jobs, console, models)
     if results:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .matching import GOLSDMatcher, union_matching
     from .mosaics import make_mosaics
     from .registry import register_adapter, supported_hosts
+    from .teaching import learn_from
     from .uncertainty import ConformalScale, edge_deviations
     from .weighting import weighting_function
     from .wrapping import deploy, is_wrapped, unwrap_decoder, wrap_criterion, wrap_decoder
@@ -56,6 +57,7 @@ __all__ = [
     "encode_boxes",
     "fgl_loss",
     "is_wrapped",
+    "learn_from",
     "load_pretrained",
     "make_mosaics",
     "register_adapter",
@@ -82,6 +84,7 @@ _MODULES = (
     "uncertainty",
     "wrapping",
     "calibration",
+    "teaching",
 )
 
 

@@ -88,10 +88,15 @@ def encode_boxes(initial_boxes: Tensor, target_boxes: Tensor, weights: Tensor) -
     Returns:
         ``left_bin (M, 4)`` int64 in ``[0, K - 2]``, ``left_weight (M, 4)``, ``right_weight (M, 4)``; no gradient.
     """
-    phi = edge_offsets(initial_boxes, target_boxes)
+    return two_bins(edge_offsets(initial_boxes, target_boxes), weights)
+
+
+@torch.no_grad()
+def two_bins(phi: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`encode_boxes` for the offsets themselves, of any shape."""
     weights = weights.to(phi.dtype)
     phi = phi.clamp(weights[0], weights[-1])
-    left_bin = torch.searchsorted(weights, phi, right=True).sub_(1).clamp_(0, len(weights) - 2)
+    left_bin = torch.searchsorted(weights, phi.contiguous(), right=True).sub_(1).clamp_(0, len(weights) - 2)
     below, above = weights[left_bin], weights[left_bin + 1]
     right_weight = (phi - below) / (above - below)
     return left_bin, 1 - right_weight, right_weight

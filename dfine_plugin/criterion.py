@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .boxes import aligned_giou, aligned_iou, at_least_float32, encode_boxes
 from .config import FDRConfig
-from .losses import ddf_of_targets, fgl_of_bins, query_counts, soft_targets
+from .losses import ddf_of_targets, fgl_of_bins, fgl_of_distributions, query_counts, soft_targets
 from .matching import Pairs
 from .record import FDRRecord
 
@@ -114,11 +114,19 @@ def distribution_losses(
     for layers in [slice(0, num_layers)] if shared else [slice(i, i + 1) for i in range(num_layers)]:
         flat = pairs[layers.start]
         target = flat.boxes.to(frame.dtype)
-        bins = encode_boxes(frame[flat.images, flat.queries], target, record.weights)
+        frames = frame[flat.images, flat.queries]
+        bins = encode_boxes(frames, target, record.weights)
         boxes = flat.of([layer.detach() for layer in record.boxes[layers]])
         quality = aligned_iou(boxes, target.expand_as(boxes))
+        predicted = flat.of(logits[layers])
+        if record.lesson is None:
+            of_layers = fgl_of_bins(predicted, *bins, quality, num_boxes)
+        else:
+            taught, share = record.lesson.of_pairs(flat.images, target, frames, record.weights)
+            of_layers = fgl_of_bins(predicted, *bins, quality * (1 - share), num_boxes)
+            of_layers = of_layers + fgl_of_distributions(predicted, taught, quality * share, num_boxes)
         # copies: hosts weigh them in place, which a part of a stack would pass on to the others
-        fgl += [x.clone() for x in fgl_of_bins(flat.of(logits[layers]), *bins, quality, num_boxes)]
+        fgl += [x.clone() for x in of_layers]
         iou += quality.unbind()
     if not config.ddf or num_layers == 1:
         return fgl, []

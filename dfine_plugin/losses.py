@@ -59,7 +59,28 @@ def fgl_of_bins(
     bins = torch.stack([left_bin, left_bin + 1], dim=-1).expand(*logits.shape[:-1], 2)
     log_probabilities = logits.gather(-1, bins) - logits.logsumexp(-1, keepdim=True)
     cross_entropy = -(torch.stack([left_weight, right_weight], dim=-1) * log_probabilities).sum(-1)
-    loss = (cross_entropy.sum(-1) * iou.detach()).sum(-1)
+    return _over_boxes(cross_entropy, iou, num_boxes)
+
+
+def fgl_of_distributions(logits: Tensor, targets: Tensor, iou: Tensor, num_boxes: float | Tensor) -> Tensor:
+    """:func:`fgl_of_bins` with a whole distribution for each edge's target: cross entropy, weighted by IoU.
+
+    Args:
+        logits: ``(..., M, 4, K)``.
+        targets: ``(M, 4, K)``, of no gradient.
+        iou: ``(..., M)``.
+        num_boxes: the normaliser.
+
+    Returns:
+        ``(...)``.
+    """
+    cross_entropy = -(targets * F.log_softmax(at_least_float32(logits), dim=-1)).sum(-1)
+    return _over_boxes(cross_entropy, iou, num_boxes)
+
+
+def _over_boxes(of_edges: Tensor, iou: Tensor, num_boxes: float | Tensor) -> Tensor:
+    """The sum over pairs and edges ``(..., M, 4)``, each pair with its IoU, over the number of boxes, at least 1."""
+    loss = (of_edges.sum(-1) * iou.detach()).sum(-1)
     return loss / (num_boxes.clamp(min=1) if isinstance(num_boxes, Tensor) else max(num_boxes, 1))
 
 

@@ -24,6 +24,7 @@ from .uncertainty import edge_deviations
 
 if TYPE_CHECKING:
     from .head import Refinement
+    from .teaching import Lesson
 
 
 @dataclass
@@ -41,6 +42,7 @@ class FDRRecord:
             adds them to its box head's output.
         quality_logits: for each layer ``(B, Q, 1)``, what LQE adds to the class logits; empty without LQE.
         initial_logits: ``(B, Q, classes)``, layer 1's class logits before LQE.
+        lesson: what a teacher says of the same images; None without one.
     """
 
     weights: Tensor
@@ -51,6 +53,7 @@ class FDRRecord:
     reference_logits: list[Tensor] = field(default_factory=list)
     quality_logits: list[Tensor] = field(default_factory=list)
     initial_logits: Tensor | None = None
+    lesson: "Lesson | None" = None
 
     def add(self, refined: "Refinement", quality_logits: Tensor | None = None) -> None:
         """Take in the next layer: its distributions and boxes, and what LQE adds to its class logits, if it is to be
@@ -72,6 +75,7 @@ class FDRRecord:
             boxes=[boxes[:, part] for boxes in self.boxes],
             head_logits=[logits[:, part] for logits in self.head_logits],
             initial_logits=None if self.initial_logits is None else self.initial_logits[:, part],
+            lesson=self.lesson,
         )
 
     def edge_deviations(self, layer: int = -1) -> Tensor:
@@ -101,6 +105,7 @@ class Scope:
     Attributes:
         record: what the decoder has left for the loss.
         progress: what the modules of a decoder at work hand to one another, for the adapter to define.
+        lesson: what a teacher has said of the batch, for the record that the loss asks for.
         idle: parameters that this batch leaves without a gradient, and DistributedDataParallel waiting for one; the
             loss takes them in with weight zero.
         depth: of the frame that the forward runs in, on its thread's stack.
@@ -110,6 +115,7 @@ class Scope:
         self.depth = depth
         self.record: FDRRecord | None = None
         self.progress: Any = None
+        self.lesson: Lesson | None = None
         self.idle: list[Tensor] = []
 
 
@@ -203,7 +209,8 @@ def current_record() -> FDRRecord:
     Raises:
         RuntimeError: outside of a wrapped model's forward, or before its decoder ran.
     """
-    record = current_scope().record
-    if record is None:
+    scope = current_scope()
+    if scope.record is None:
         raise RuntimeError("no FDR record: the loss of a wrapped model needs its decoder to have run")
-    return record
+    scope.record.lesson = scope.lesson
+    return scope.record

@@ -63,6 +63,16 @@ class AdapterWithCriterion(Protocol):
         :meth:`Adapter.detach` to undo. Raise :class:`UnsupportedModelError` on one that cannot, and change nothing."""
 
 
+@runtime_checkable
+class AdapterOfLearners(Protocol):
+    """What an adapter has besides, whose models can have a teacher (:func:`~dfine_plugin.learn_from`)."""
+
+    def without_truths(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+        """A training forward's arguments as a model of this kind takes them in evaluation."""
+
+
 _BUILT_IN = {
     "transformers.models.rt_detr.modeling_rt_detr.RTDetrForObjectDetection": "transformers.rt_detr",
     "transformers.models.rt_detr_v2.modeling_rt_detr_v2.RTDetrV2ForObjectDetection": "transformers.rt_detr",

@@ -30,7 +30,8 @@ class Binding:
     """What ties a wrapped model to the plugin: kept on the model as a plain attribute, copied and pickled with it.
 
     `frozen` names the host's parameters that were trainable, where the head alone is to learn, and `stilled` its batch
-    norms that training has been kept from; `looked_at_head` is whether training has been looked at for a frozen head.
+    norms that training has been kept from; `teacher` is who teaches it (a :class:`~dfine_plugin.teaching.Teacher`);
+    `looked_at_head` is whether training has been looked at for a frozen head.
     """
 
     adapter: Adapter
@@ -39,6 +40,7 @@ class Binding:
     hooks: tuple[RemovableHandle, ...]
     frozen: list[str]
     stilled: set[str] = field(default_factory=set)
+    teacher: Any = None
     deployed: bool = False
     looked_at_head: bool = False
 
@@ -214,7 +216,7 @@ def deploy(model: Model, num_layers: int | None = None) -> Model:
         binding.adapter.keep_layers(model, num_layers)
     binding.adapter.deploy(model)
     binding.remove_hooks()
-    binding.retired = None
+    binding.retired = binding.teacher = None
     binding.deployed = True
     return model
 
@@ -267,7 +269,7 @@ def _freeze_host(model: nn.Module, adapter: Adapter) -> list[str]:
 
 def _begin_forward(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     # First of all hooks, and the scope before the checks: _end_forward runs, and closes it, whatever raises after this.
-    open_scope(frames_up=1)
+    scope = open_scope(frames_up=1)
     binding = binding_of(model)
     assert binding is not None
     if binding.config.trainable == "head":
@@ -276,6 +278,8 @@ def _begin_forward(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
                 binding.stilled.add(name)
                 module.eval()
     binding.adapter.begin(model, args, kwargs)
+    if binding.teacher is not None and model.training:
+        scope.lesson = binding.teacher.lesson(*binding.adapter.without_truths(model, args, kwargs))
 
 
 def _end_forward(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:

@@ -128,6 +128,12 @@ class DetrexAdapter:
         """Parameters that the host leaves without a gradient where a batch holds no truth."""
         return []
 
+    def without_truths(
+        self, model: Host, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+        """See :class:`~dfine_plugin.registry.AdapterOfLearners`."""
+        return args, kwargs  # in evaluation a host does not look at them
+
     def host_boxes(self, model: Host, layer: int, hidden_states: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
         """See :class:`~dfine_plugin.registry.Adapter`."""
         norm = getattr(model.transformer.decoder, self.reported_norm or "", None) or nn.Identity()

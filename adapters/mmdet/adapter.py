@@ -133,6 +133,13 @@ class DeformableDetrAdapter:
         if isinstance(model, DINO) and not any(len(target["labels"]) for target in targets):
             current_scope().idle.append(model.dn_query_generator.label_embedding.weight)
 
+    def without_truths(
+        self, model: Host, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+        """See :class:`~dfine_plugin.registry.AdapterOfLearners`."""
+        given = inspect.signature(type(model).forward).bind(model, *args, **kwargs).arguments
+        return (given["inputs"], given["data_samples"], "tensor"), {}
+
     def host_boxes(self, model: Host, layer: int, hidden_states: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
         """See :class:`~dfine_plugin.registry.Adapter`."""
         norm = getattr(model.decoder, "norm", nn.Identity())

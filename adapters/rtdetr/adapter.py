@@ -114,6 +114,13 @@ class RTDETRAdapter:
             # version 1 makes no denoising queries then
             current_scope().idle.append(model.decoder.denoising_class_embed.weight)
 
+    def without_truths(
+        self, model: Host, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+        """See :class:`~dfine_plugin.registry.AdapterOfLearners`."""
+        given = inspect.signature(type(model).forward).bind(model, *args, **kwargs).arguments
+        return (given["x"],), {}
+
     def host_boxes(self, model: Host, layer: int, hidden_states: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
         """See :class:`~dfine_plugin.registry.Adapter`."""
         box = host_parts.host_box(model, layer, hidden_states, reference)

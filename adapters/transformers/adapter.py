@@ -159,6 +159,14 @@ class TransformersAdapter:
             _check_targets(labels, self.num_classes(model, given), "class_labels", "boxes", images=pixels)
         return labels
 
+    def without_truths(
+        self, model: Host, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+        """See :class:`~dfine_plugin.registry.AdapterOfLearners`."""
+        given = inspect.signature(type(model).forward).bind(model, *args, **kwargs)
+        given.arguments.pop("labels", None)
+        return given.args[1:], given.kwargs
+
     def num_classes(self, model: Host, given: Mapping[str, Any]) -> int | Tensor:
         """How many classes labels may name, by the arguments of a forward; ``(B,)`` where it depends on the image."""
         return model.config.num_labels

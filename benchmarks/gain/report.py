@@ -12,7 +12,7 @@ run that is faster is read at its end.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -98,11 +98,14 @@ def _figure(values: dict[int, float]) -> str:
     return f"{mean:.1f} ± {spread:.1f}" if len(values) > 1 else f"{mean:.1f}"
 
 
-def shared_options(settings: Mapping[str, Any]) -> str:
-    """What the description of runs says more, if all learn their classes by MAL, or from mosaics."""
-    mal = ", classes by MAL for all" if settings.get("class_loss") == "mal" else ""
-    share = settings.get("mosaics", 0)
-    return mal + (f", mosaics for {100 * share:g} % of the images of all in the first half" if share else "")
+def options_of(results: Sequence[Result]) -> str:
+    """What the description of runs says more: MAL and mosaics, which all have, and the teacher of those with one."""
+    settings = results[0]["settings"]
+    said = ", classes by MAL for all" if settings.get("class_loss") == "mal" else ""
+    if share := settings.get("mosaics", 0):
+        said += f", mosaics for {100 * share:g} % of the images of all in the first half"
+    teachers = {Path(r["settings"].get("teacher", "")).name for r in results} - {""}
+    return said + "".join(f", taught by {name}" for name in sorted(teachers))
 
 
 def markdown(results: Sequence[Result], failures: Sequence[str] = ()) -> str:
@@ -113,7 +116,7 @@ def markdown(results: Sequence[Result], failures: Sequence[str] = ()) -> str:
     lines += [
         f"{settings['steps']} steps of batch {settings['batch_size']}, {settings['image_size']} px, "
         f"{settings['num_queries']} queries, learning rate {settings['learning_rate']:g}, EMA weights"
-        f"{shared_options(settings)}. Mean ± standard deviation over the seeds; gain: paired difference to the "
+        f"{options_of(results)}. Mean ± standard deviation over the seeds; gain: paired difference to the "
         "baseline with its 95 % Student-t interval.",
         "",
         "### Equal steps",

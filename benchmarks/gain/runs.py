@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from dfine_plugin.benchmarks.gain.variants import is_taught
 from dfine_plugin.benchmarks.reporting import Result, write_json
 from dfine_plugin.tools.writing import written_whole
 
@@ -18,9 +19,9 @@ class RunSettings:
     """Everything that a run's outcome depends on, besides code and machine. `steps` are optimizer steps.
 
     `class_loss` is FDRConfig's, and `mosaics` the share of the images that :func:`~dfine_plugin.make_mosaics` replaces
-    in the first half of the schedule: both of baseline and wrapped alike. `data` is "shapes" or a folder in COCO
-    format; the numbers of images hold for shapes only. `evaluations` are spread evenly over the schedule, the last at
-    its end.
+    in the first half of the schedule: both of baseline and wrapped alike. `teacher` is the folder of a wrapped model,
+    for rows that learn from one. `data` is "shapes" or a folder in COCO format; the numbers of images hold for shapes
+    only. `evaluations` are spread evenly over the schedule, the last at its end.
     """
 
     host: str
@@ -39,6 +40,7 @@ class RunSettings:
     clip_norm: float = 0.1
     class_loss: str = "host"
     mosaics: float = 0.0
+    teacher: str = ""
     ema_decay: float = 0.99
     flip: bool = True
     evaluations: int = 4
@@ -70,6 +72,14 @@ class RetrofitSettings(RunSettings):
 
     def evaluation_steps(self) -> list[int]:
         return sorted({*(step for step in self.evaluate_at if step < self.steps), self.steps})
+
+
+Settings = TypeVar("Settings", bound=RunSettings)
+
+
+def with_row(settings: Settings, row: str, seed: int, teacher: Path | None) -> Settings:
+    """The run of one row and seed: with the teacher, if the row is one that learns from it."""
+    return replace(settings, variant=row, seed=seed, teacher=str(teacher) if is_taught(row) else "")
 
 
 def code_digest() -> str:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import set_seed
 
-from dfine_plugin import FDRConfig, calibrate, make_mosaics, wrap_decoder
+from dfine_plugin import FDRConfig, calibrate, learn_from, load_pretrained, make_mosaics, wrap_decoder
 from dfine_plugin.benchmarks.data.coco_data import read_split
 from dfine_plugin.benchmarks.data.detection_data import DetectionData, TrainingView, collate, normalise
 from dfine_plugin.benchmarks.data.shapes import make_shapes
@@ -67,9 +67,11 @@ def build_model(settings: RunSettings, data: DetectionData) -> nn.Module:
         learn_classes_by_mal(model)
     # Convolutions on a CPU are some 10 % faster so.
     model = model.to(settings.device).to(memory_format=torch.channels_last)
-    if is_calibrated(settings.variant):
+    if isinstance(settings, RetrofitSettings) and is_calibrated(settings.variant):
         images = data.images[:CALIBRATION_IMAGES].split(settings.batch_size)
         calibrate(model, (normalise(batch) for batch in images), progress=False)
+    if settings.teacher:
+        learn_from(getattr(model, "detector", model), load_pretrained(settings.teacher).to(settings.device))
     return model
 
 

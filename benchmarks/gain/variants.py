@@ -8,6 +8,7 @@ fdr+go-lsd                              the default with both
 fdr+go-lsd:num_bins=16,a=0.25           with other settings of FDRConfig
 N=16   a=0.25,c=0.5   T=2               the paper's Table 4, short for paper:...
 uniform   lqe   no-lqe                  the paper's with uniform bins, with or without LQE
+taught                                  the default, which learns from a teacher (--teacher) as well
 
 The rows of the retrofit, where the host is a trained one, with settings behind a colon as well:
 
@@ -15,6 +16,7 @@ baseline                                the host trained on
 wrapped                                 the default, its FDR head fresh
 calibrated                              the default, its FDR head calibrated before the first step
 head                                    the same, and nothing but the FDR head is trained
+taught                                  calibrated, and learns from a teacher as well
 """
 
 from __future__ import annotations
@@ -36,9 +38,10 @@ _NAMED: dict[str, dict[str, Any]] = {
     "uniform": {**_PAPER, "weighting": "uniform"},
     "lqe": {**_PAPER, "lqe": True},
     "no-lqe": {**_PAPER, "lqe": False},
+    "taught": {},
 }
-_RETROFIT: dict[str, dict[str, Any]] = {"wrapped": {}, "calibrated": {}, "head": {"trainable": "head"}}
-_CALIBRATED = ("calibrated", "head")
+_RETROFIT: dict[str, dict[str, Any]] = {"wrapped": {}, "calibrated": {}, "head": {"trainable": "head"}, "taught": {}}
+_CALIBRATED = ("calibrated", "head", "taught")
 _SHORT = {"N": "num_bins", "T": "temperature"}
 
 
@@ -46,10 +49,10 @@ def parse_variants(text: str, retrofit: bool = False) -> list[str]:
     """The rows in `text`, parted by blanks or semicolons (commas part the settings within a row), checked, in order."""
     rows = list(dict.fromkeys(text.replace(";", " ").split()))
     for row in rows:
-        of_retrofit = row.partition(":")[0] in _RETROFIT
-        if row != BASELINE and of_retrofit != retrofit:
-            known = ", ".join(_RETROFIT if retrofit else _NAMED)
-            raise ValueError(f"{row!r} is no row of this comparison: {BASELINE}, {known}")
+        known, others = (_RETROFIT, _NAMED) if retrofit else (_NAMED, _RETROFIT)
+        name = row.partition(":")[0]
+        if row != BASELINE and name not in known and (retrofit or name in others):
+            raise ValueError(f"{row!r} is no row of this comparison: {BASELINE}, {', '.join(known)}")
         settings = fdr_settings(row)
         if settings is not None:
             FDRConfig.from_dict(settings)
@@ -59,6 +62,11 @@ def parse_variants(text: str, retrofit: bool = False) -> list[str]:
 def is_calibrated(row: str) -> bool:
     """Whether a row of the retrofit calibrates the FDR head before it trains."""
     return row.partition(":")[0] in _CALIBRATED
+
+
+def is_taught(row: str) -> bool:
+    """Whether a row learns from a teacher."""
+    return row.partition(":")[0] == "taught"
 
 
 def fdr_settings(row: str) -> dict[str, Any] | None:
