@@ -218,27 +218,62 @@ def box_terms(
     return {"loss_bbox": l1 / norm, "loss_giou": giou / norm}
 
 
+@dataclass
+class Lesson:
+    """A teacher's predictions, its bins, and its share in FGL's targets."""
+
+    predictions: Predictions
+    w_of_n: list[float]
+    share: float
+
+    def of(self, image: int, truth: Tensor) -> tuple[float, list[list[tuple[float, float]]]]:
+        """Of the query whose box overlaps the truth most: the weight of its word, and for each edge the places that it
+        may be at, with their probabilities."""
+        overlaps = [float(iou(box, truth)) for box in self.predictions.boxes[-1][image]]
+        best = overlaps.index(max(overlaps))
+        frame = self.predictions.initial_boxes[image, best].detach()
+        edges = []
+        for edge, at in enumerate(xyxy(frame[None])[0].tolist()):
+            p = torch.softmax(self.predictions.corner_logits[-1][image, best, edge].detach(), -1).tolist()
+            step = float(frame[2 + edge % 2]) * (-1 if edge < 2 else 1)
+            edges.append([(at + step * w, probability) for w, probability in zip(self.w_of_n, p, strict=True)])
+        return self.share * overlaps[best], edges
+
+
+def two_bins(log_p: Tensor, phi: float, w_of_n: list[float]) -> Tensor:
+    """Cross entropy with an edge that is to move by so many sides of its box."""
+    if phi <= w_of_n[0]:
+        return -log_p[0]
+    if phi >= w_of_n[-1]:
+        return -log_p[-1]
+    n = max(i for i in range(len(w_of_n) - 1) if w_of_n[i] <= phi)
+    right = (phi - w_of_n[n]) / (w_of_n[n + 1] - w_of_n[n])
+    return -((1 - right) * log_p[n] + right * log_p[n + 1])
+
+
 def fgl(
-    z: Tensor, boxes: Tensor, initial: Tensor, targets: list[dict[str, Tensor]], pairs: Pairs, norm: float, w_of_n: list
+    z: Tensor,
+    boxes: Tensor,
+    initial: Tensor,
+    targets: list[dict[str, Tensor]],
+    pairs: Pairs,
+    norm: float,
+    w_of_n: list[float],
+    lesson: Lesson | None = None,
 ) -> Tensor:
     total = z.sum() * 0
     for image, q, t in each(pairs):
         truth = targets[image]["boxes"][t]
         weight = iou(boxes[image, q].detach(), truth)
         frame = initial[image, q].detach()
-        x0, y0, x1, y1 = xyxy(frame[None])[0]
-        tx0, ty0, tx1, ty1 = xyxy(truth[None])[0]
-        wanted = [(x0 - tx0) / frame[2], (y0 - ty0) / frame[3], (tx1 - x1) / frame[2], (ty1 - y1) / frame[3]]
-        for edge, phi in enumerate(map(float, wanted)):
+        share, places = lesson.of(image, truth) if lesson else (0.0, [[]] * 4)
+        edges = zip(xyxy(frame[None])[0].tolist(), xyxy(truth[None])[0].tolist(), places, strict=True)
+        for edge, (own, wanted, said) in enumerate(edges):
             log_p = F.log_softmax(z[image, q, edge], -1)
-            if phi <= w_of_n[0]:
-                total = total - weight * log_p[0]
-            elif phi >= w_of_n[-1]:
-                total = total - weight * log_p[-1]
-            else:
-                n = max(i for i in range(len(w_of_n) - 1) if w_of_n[i] <= phi)
-                right = (phi - w_of_n[n]) / (w_of_n[n + 1] - w_of_n[n])
-                total = total - weight * ((1 - right) * log_p[n] + right * log_p[n + 1])
+            side = float(frame[2 + edge % 2]) * (-1 if edge < 2 else 1)
+            entropy = two_bins(log_p, (wanted - own) / side, w_of_n)
+            taught = sum(p * two_bins(log_p, (place - own) / side, w_of_n) for place, p in said)
+            total = total + weight * ((1 - share) * entropy + share * taught)
     return total / norm
 
 
@@ -274,12 +309,14 @@ def distribution_terms(
     pairs_of: list[Pairs],
     norm: float,
     config: Any,
+    lesson: Lesson | None = None,
 ) -> dict[str, Tensor]:
     """Every weighted FGL and DDF term of a group of queries, under the suffixes of its layers."""
     w_of_n = config.bin_values().double().tolist()
     losses = {}
     for i, suffix in enumerate(names):
-        term = fgl(part.corner_logits[i], part.boxes[i], part.initial_boxes, targets, pairs_of[i], norm, w_of_n)
+        of_layer = part.corner_logits[i], part.boxes[i], part.initial_boxes
+        term = fgl(*of_layer, targets, pairs_of[i], norm, w_of_n, lesson)
         losses["loss_fgl" + suffix] = config.fgl_weight * term
         if config.ddf and i < len(names) - 1:
             losses["loss_ddf" + suffix] = config.ddf_weight * ddf(i, part, targets, pairs_of[i], config.temperature)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dfine_plugin import FDRConfig, UnsupportedModelError, wrap_decoder
+from dfine_plugin import FDRConfig, UnsupportedModelError, learn_from, wrap_decoder
 
 from . import slow_loop as slow
 from .gradients import assert_same_gradients
@@ -223,7 +223,13 @@ def test_layers_whose_states_are_normed_for_the_heads_alone() -> None:
 
 
 def slow_losses(
-    host: Host, model: PreTrainedModel, outputs: Any, predictions: slow.Predictions, targets: list, config: FDRConfig
+    host: Host,
+    model: PreTrainedModel,
+    outputs: Any,
+    predictions: slow.Predictions,
+    targets: list,
+    config: FDRConfig,
+    lesson: slow.Lesson | None = None,
 ) -> dict[str, Tensor]:
     """Every term of the loss dict, weighted, under the host's names."""
     own = model.config
@@ -282,7 +288,7 @@ def slow_losses(
         add_set(suffix, logits, boxes, matches[suffix], pairs, truths, norm)
     losses.update(
         slow.distribution_terms(
-            suffixes, normal, targets, [united if config.union else matches[s] for s in suffixes], norm, config
+            suffixes, normal, targets, [united if config.union else matches[s] for s in suffixes], norm, config, lesson
         )
     )
     if meta:
@@ -296,7 +302,7 @@ def slow_losses(
         for i, suffix in enumerate(names):
             add_set(suffix, noisy.logits[i], noisy.boxes[i], known, known, n, n)
         add_set("_dn_pre", noisy.initial_logits, noisy.initial_boxes, known, known, n, n)
-        losses.update(slow.distribution_terms(names, noisy, targets, [known] * num_layers, n, config))
+        losses.update(slow.distribution_terms(names, noisy, targets, [known] * num_layers, n, config, lesson))
     return losses
 
 
@@ -311,7 +317,28 @@ def test_every_loss_term_and_its_gradient(host: Host, settings: dict[str, Any], 
     randomise_fdr(host, model)
     targets = in_double(model, labels(counts))
     outputs, predictions = run(host, model, targets)
-    expected = slow_losses(host, model, outputs, predictions, targets, config)
+    compare(host, model, outputs, slow_losses(host, model, outputs, predictions, targets, config))
+
+
+@pytest.mark.parametrize("counts", [(2, 3), (0, 2)], ids=["truths", "empty-image"])
+def test_every_loss_term_with_a_teacher(host: Host, counts: tuple[int, ...]) -> None:
+    """Which is of other bins, and sees what it is given by the learner."""
+    config = host.config()
+    model = wrap_decoder(build(host), config).train()
+    teacher = wrap_decoder(build(host, seed=4), host.config(num_bins=16, a=0.75)).double().eval()
+    for seed, one in enumerate((model, teacher), start=1):
+        randomise_fdr(host, one, seed)
+    targets = in_double(learn_from(model, teacher, 0.6), labels(counts))
+    given: dict[str, Any] = {}
+    teacher.model.decoder.register_forward_pre_hook(lambda _, __, kwargs: given.update(kwargs), with_kwargs=True)
+    outputs, predictions = run(host, model, targets)
+    with torch.no_grad():
+        lesson = slow.Lesson(refine(teacher, given), teacher.model.decoder.fdr.config.bin_values().tolist(), 0.6)
+    compare(host, model, outputs, slow_losses(host, model, outputs, predictions, targets, config, lesson))
+
+
+def compare(host: Host, model: PreTrainedModel, outputs: Any, expected: dict[str, Tensor]) -> None:
+    """Each term where the host's are weighted, the total, and its gradients."""
     ours = {name: term for name, term in outputs.loss_dict.items() if "cardinality" not in name}
     assert ours.keys() == expected.keys()
     if host.weighted_loss_dict:
