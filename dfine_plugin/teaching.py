@@ -30,8 +30,8 @@ def learn_from(model: Model, teacher: nn.Module | None, share: float = 0.5) -> M
 
     Args:
         model: wrapped, not deployed.
-        teacher: wrapped, trained, not deployed, on the model's device; it is put into evaluation mode, and is not
-            changed. None: no teacher any more.
+        teacher: wrapped, trained, not deployed. It is put into evaluation mode, follows the model to its device, and is
+            not changed otherwise. None: no teacher any more.
         share: of the teacher in the targets where its box is the truth, in ``[0, 1]``.
 
     Returns:
@@ -142,10 +142,12 @@ class Teacher:
 
     @torch.compiler.disable
     @torch.no_grad()
-    def lesson(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Lesson:
-        """What it says of the images of a forward, which takes these arguments in evaluation."""
+    def lesson(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], device: torch.device) -> Lesson:
+        """What it says of the images of a forward, which takes these arguments in evaluation, on this device."""
         if self.model.training:
             self.model.eval()
+        if next(self.model.parameters()).device != device:
+            self.model.to(device)
         with keep_records(self.model) as records:
             self.model(*args, **kwargs)
         return Lesson(records[0].last(1), self.share)

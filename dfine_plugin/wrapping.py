@@ -279,7 +279,8 @@ def _begin_forward(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
                 module.eval()
     binding.adapter.begin(model, args, kwargs)
     if binding.teacher is not None and model.training:
-        scope.lesson = binding.teacher.lesson(*binding.adapter.without_truths(model, args, kwargs))
+        given = binding.adapter.without_truths(model, args, kwargs)  # type: ignore[attr-defined]
+        scope.lesson = binding.teacher.lesson(*given, next(model.parameters()).device)
 
 
 def _end_forward(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
