@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from dataclasses import fields
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated
 
 import typer
@@ -83,9 +84,9 @@ def markdown(rows: dict[int, Result], others: dict[int, Result]) -> str:
     lines += table_header(["", "row", "other", "difference"])
     ours, theirs = ({seed: figures_of(found[seed]) for seed in seeds} for found in (rows, others))
     for name in ours[seeds[0]]:
-        values = [{seed: of[seed][name] for seed in seeds if name in of[seed]} for of in (ours, theirs)]
-        means = (f"{sum(by_seed.values()) / len(by_seed):.2f}" if by_seed else NONE for by_seed in values)
-        lines.append(table_row([name, *means, str(paired_difference(*values) or NONE)]))
+        row, other = ({seed: of[seed][name] for seed in seeds if name in of[seed]} for of in (ours, theirs))
+        means = (f"{fmean(by_seed.values()):.2f}" if by_seed else NONE for by_seed in (row, other))
+        lines.append(table_row([name, *means, str(paired_difference(row, other) or NONE)]))
     return "\n".join(lines)
 
 

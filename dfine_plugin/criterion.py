@@ -122,9 +122,9 @@ def distribution_losses(
         if record.lesson is None:
             of_layers = fgl_of_bins(predicted, *bins, quality, num_boxes)
         else:
-            taught, share = record.lesson.of_pairs(flat.images, target, frames, record.weights)
+            lesson, share = record.lesson.of_pairs(flat.images, target, frames, record.weights)
             of_layers = fgl_of_bins(predicted, *bins, quality * (1 - share), num_boxes)
-            of_layers = of_layers + fgl_of_distributions(predicted, taught, quality * share, num_boxes)
+            of_layers = of_layers + fgl_of_distributions(predicted, lesson, quality * share, num_boxes)
         # copies: hosts weigh them in place, which a part of a stack would pass on to the others
         fgl += [x.clone() for x in of_layers]
         iou += quality.unbind()
