@@ -25,7 +25,7 @@ from rich.console import Console
 from dfine_plugin.benchmarks.gain.runs import RunSettings, with_row
 from dfine_plugin.benchmarks.gain.scheduling import Cluster, run_all
 from dfine_plugin.benchmarks.gain.variants import BASELINE, DEFAULT_VARIANTS, parse_variants
-from dfine_plugin.benchmarks.models.hosts import HOSTS
+from dfine_plugin.benchmarks.models.hosts import HOSTS, WIDTH
 from dfine_plugin.benchmarks.options import (
     ClassLossOption,
     MosaicsOption,
@@ -87,6 +87,7 @@ def main(
     batch_size: Annotated[int, typer.Option(min=1, help="images a step and process")] = 16,
     image_size: Annotated[int, typer.Option(min=32)] = 96,
     queries: Annotated[int, typer.Option(min=1, help="matched queries of the host")] = 30,
+    width: Annotated[int, typer.Option(min=16, help="of the transformer; for hosts of transformers")] = WIDTH,
     lr: Annotated[float | None, typer.Option(help="learning rate; default: the host's")] = None,
     tune_lr: Annotated[bool, typer.Option("--tune-lr", help="tune the rate on the baseline alone first")] = False,
     clip_norm: Annotated[float | None, typer.Option(help="gradient clipping; default: the host's")] = None,
@@ -121,6 +122,9 @@ def main(
     check_data(data)
     if HOSTS[host].calls_cuda and device == "cpu":
         console.print(f"{host} calls .cuda() in its own code: trained without these calls")
+    if width % 16 or (width != WIDTH and "/" in host):
+        wrong = "is no multiple of 16" if width % 16 else f"is not for {host}, whose config has the width"
+        raise typer.BadParameter(f"{width} {wrong}", param_hint="--width")
     if save_models and "/" in host:
         raise typer.BadParameter(
             f"{host} has no save_pretrained: for hosts of transformers", param_hint="--save-models"
@@ -142,6 +146,7 @@ def main(
         batch_size=batch_size,
         learning_rate=lr or HOSTS[host].learning_rate,
         num_queries=queries,
+        width=width,
         clip_norm=clip_norm or HOSTS[host].clip_norm,
         class_loss=class_loss,
         mosaics=mosaics,

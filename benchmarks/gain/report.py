@@ -21,6 +21,7 @@ import numpy as np
 
 from dfine_plugin.benchmarks.gain.paired import PairedDifference, mean_and_spread, paired_difference
 from dfine_plugin.benchmarks.gain.variants import BASELINE
+from dfine_plugin.benchmarks.models.hosts import WIDTH
 from dfine_plugin.benchmarks.reporting import NONE, Result, machine, table_header, table_row
 
 METRICS = ("AP", "AP50", "AP75", "AP90", "APs", "APm", "APl")
@@ -99,9 +100,11 @@ def _figure(values: dict[int, float]) -> str:
 
 
 def options_of(results: Sequence[Result]) -> str:
-    """What the description of runs says more: MAL and mosaics, which all have, and the teacher of those with one."""
+    """What the description of runs says more: width, MAL and mosaics of all, and the teacher of those with one."""
     settings = results[0]["settings"]
-    said = ", classes by MAL for all" if settings.get("class_loss") == "mal" else ""
+    width = settings.get("width", WIDTH)
+    said = f", width {width}" if width != WIDTH else ""
+    said += ", classes by MAL for all" if settings.get("class_loss") == "mal" else ""
     if share := settings.get("mosaics", 0):
         said += f", mosaics for {100 * share:g} % of the images of all in the first half"
     teachers = {Path(r["settings"].get("teacher", "")).name for r in results} - {""}

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dfine_plugin.benchmarks.gain.variants import is_taught
+from dfine_plugin.benchmarks.models.hosts import WIDTH
 from dfine_plugin.benchmarks.reporting import Result, write_json
 from dfine_plugin.tools.writing import written_whole
 
@@ -18,6 +19,7 @@ from dfine_plugin.tools.writing import written_whole
 class RunSettings:
     """Everything that a run's outcome depends on, besides code and machine. `steps` are optimizer steps.
 
+    `width` is that of a transformer which is trained from scratch.
     `class_loss` is FDRConfig's, and `mosaics` the share of the images that :func:`~dfine_plugin.make_mosaics` replaces
     in the first half of the schedule: both of baseline and wrapped alike. `teacher` is the folder of a wrapped model,
     for rows that learn from one. `data` is "shapes" or a folder in COCO format; the numbers of images hold for shapes
@@ -33,6 +35,7 @@ class RunSettings:
     batch_size: int
     learning_rate: float
     num_queries: int = 30
+    width: int = WIDTH
     train_images: int = 2000
     val_images: int = 400
     warmup_steps: int = 100

@@ -59,7 +59,7 @@ def build_model(settings: RunSettings, data: DetectionData) -> nn.Module:
     if isinstance(settings, RetrofitSettings):
         model = load_trained(settings.trained, data.class_names)
     else:
-        model = build_host(settings.host, data.class_names, settings.num_queries)
+        model = build_host(settings.host, data.class_names, settings.num_queries, settings.width)
     fdr = fdr_settings(settings.variant)
     if fdr is not None:
         wrap_decoder(getattr(model, "detector", model), FDRConfig(**{"class_loss": settings.class_loss, **fdr}))

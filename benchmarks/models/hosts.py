@@ -1,9 +1,9 @@
 """Tiny detectors to train from scratch: real host classes with small configurations, by name.
 
-Another host is one more builder under `@host`. A builder takes class names and the number of (matched) queries, and
-returns a model that takes `pixel_values` (B, 3, H, W) and
-`labels` and returns `loss`, `loss_dict`, `logits` (B, Q, classes), `pred_boxes` (B, Q, 4); what is to be wrapped is its
-`detector`, or the model itself where it has none.
+Another host is one more builder under `@host`. A builder takes class names, the number of (matched) queries and the
+width of the transformer, and returns a model that takes `pixel_values` (B, 3, H, W) and `labels` and returns `loss`,
+`loss_dict`, `logits` (B, Q, classes), `pred_boxes` (B, Q, 4); what is to be wrapped is its `detector`, or the model
+itself where it has none.
 """
 
 from __future__ import annotations
@@ -18,14 +18,17 @@ from dfine_plugin.benchmarks.models.detrex_configs import CALL_CUDA, CONFIGS
 if TYPE_CHECKING:
     from torch import nn
 
-    Builder = Callable[[list[str], int], nn.Module]
+    Builder = Callable[[list[str], int, int], nn.Module]
+
+WIDTH = 64
+"""Of the hosts' transformers, where nothing else is asked for."""
 
 
 @dataclass(frozen=True)
 class Host:
-    """A builder (class names, number of queries -> model) with the settings its family is trained with."""
+    """A builder (class names, number of queries, width -> model) with the settings its family is trained with."""
 
-    build: Callable[[list[str], int], nn.Module]
+    build: Builder
     learning_rate: float  # where --tune-lr starts from, and what is used without it
     clip_norm: float = 0.1
     calls_cuda: bool = False  # in its own training code, whatever the device
@@ -39,10 +42,10 @@ def host(name: str, learning_rate: float, bare_learns_by_mal: bool = True) -> Ca
     """Register the decorated builder of a transformers host under `name`; weights are drawn as its authors do."""
 
     def register(build: Builder) -> Builder:
-        def from_scratch(class_names: list[str], num_queries: int) -> nn.Module:
+        def from_scratch(class_names: list[str], num_queries: int, width: int) -> nn.Module:
             from dfine_plugin.benchmarks.models.initialisation import initialise_from_scratch
 
-            model = build(class_names, num_queries)
+            model = build(class_names, num_queries, width)
             initialise_from_scratch(model)
             return model
 
@@ -52,11 +55,11 @@ def host(name: str, learning_rate: float, bare_learns_by_mal: bool = True) -> Ca
     return register
 
 
-def build_host(name: str, class_names: list[str], num_queries: int = 30) -> nn.Module:
+def build_host(name: str, class_names: list[str], num_queries: int = 30, width: int = WIDTH) -> nn.Module:
     """The host `name` with fresh weights from torch's global generator, drawn as its authors draw them."""
     if name not in HOSTS:
         raise ValueError(f"unknown host {name!r}; known are {', '.join(HOSTS)}")
-    return HOSTS[name].build(class_names, num_queries)
+    return HOSTS[name].build(class_names, num_queries, width)
 
 
 def _labels(class_names: list[str]) -> dict[str, Any]:
@@ -75,89 +78,90 @@ _RESNET: dict[str, Any] = {
     "out_features": ["stage2", "stage3", "stage4"],
 }
 
-_RT_DETR: dict[str, Any] = {
-    "encoder_in_channels": [32, 64, 128],
-    "encoder_hidden_dim": 64,
-    "encoder_ffn_dim": 128,
-    "encoder_attention_heads": 4,
-    "hidden_expansion": 0.5,
-    "d_model": 64,
-    "decoder_in_channels": [64, 64, 64],
-    "decoder_ffn_dim": 128,
-    "decoder_layers": 3,
-    "decoder_attention_heads": 4,
-    "num_denoising": 20,
-    "freeze_backbone_batch_norms": False,
-}
+
+def _rt_detr(class_names: list[str], num_queries: int, width: int) -> dict[str, Any]:
+    return {
+        "encoder_in_channels": [32, 64, 128],
+        "encoder_hidden_dim": width,
+        "encoder_ffn_dim": 2 * width,
+        "encoder_attention_heads": 4,
+        "hidden_expansion": 0.5,
+        "d_model": width,
+        "decoder_in_channels": [width] * 3,
+        "decoder_ffn_dim": 2 * width,
+        "decoder_layers": 3,
+        "decoder_attention_heads": 4,
+        "num_denoising": 20,
+        "freeze_backbone_batch_norms": False,
+        "num_queries": num_queries,
+        **_labels(class_names),
+    }
 
 
 @host("rt-detr", learning_rate=4e-3)
-def rt_detr(class_names: list[str], num_queries: int) -> nn.Module:
+def rt_detr(class_names: list[str], num_queries: int, width: int) -> nn.Module:
     """RT-DETR, 0.8 M parameters: ResNet of one basic block a stage, three decoder layers."""
     from transformers import RTDetrConfig, RTDetrForObjectDetection, RTDetrResNetConfig
 
     backbone = RTDetrResNetConfig(**_RESNET)
-    labels = _labels(class_names)
-    return RTDetrForObjectDetection(
-        RTDetrConfig(backbone_config=backbone, num_queries=num_queries, **_RT_DETR, **labels)
-    )
+    config = RTDetrConfig(backbone_config=backbone, **_rt_detr(class_names, num_queries, width))
+    return RTDetrForObjectDetection(config)
 
 
 @host("rt-detr-v2", learning_rate=2e-3)
-def rt_detr_v2(class_names: list[str], num_queries: int) -> nn.Module:
+def rt_detr_v2(class_names: list[str], num_queries: int, width: int) -> nn.Module:
     """RT-DETRv2, the same sizes."""
     from transformers import RTDetrResNetConfig, RTDetrV2Config, RTDetrV2ForObjectDetection
 
     backbone = RTDetrResNetConfig(**_RESNET)
-    labels = _labels(class_names)
-    return RTDetrV2ForObjectDetection(
-        RTDetrV2Config(backbone_config=backbone, num_queries=num_queries, **_RT_DETR, **labels)
-    )
+    config = RTDetrV2Config(backbone_config=backbone, **_rt_detr(class_names, num_queries, width))
+    return RTDetrV2ForObjectDetection(config)
 
 
-_TRANSFORMER: dict[str, Any] = {
-    "encoder_layers": 1,
-    "encoder_ffn_dim": 128,
-    "encoder_attention_heads": 4,
-    "decoder_layers": 3,
-    "decoder_ffn_dim": 128,
-    "decoder_attention_heads": 4,
-    "auxiliary_loss": True,
-    # A model of this size underfits: dropout would cost accuracy, and randomness.
-    "dropout": 0.0,
-}
+def _transformer(width: int) -> dict[str, Any]:
+    return {
+        "encoder_layers": 1,
+        "encoder_ffn_dim": 2 * width,
+        "encoder_attention_heads": 4,
+        "decoder_layers": 3,
+        "decoder_ffn_dim": 2 * width,
+        "decoder_attention_heads": 4,
+        "auxiliary_loss": True,
+        # A model of this size underfits: dropout would cost accuracy, and randomness.
+        "dropout": 0.0,
+    }
 
 
-def _deformable_detr(class_names: list[str], num_queries: int, two_stage: bool) -> nn.Module:
+def _deformable_detr(class_names: list[str], num_queries: int, width: int, two_stage: bool) -> nn.Module:
     from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection, ResNetConfig
 
     config = DeformableDetrConfig(
         backbone_config=ResNetConfig(**_RESNET),
-        d_model=64,
+        d_model=width,
         num_feature_levels=3,
         num_queries=num_queries,
         two_stage_num_proposals=num_queries,
         two_stage=two_stage,
         with_box_refine=True,
-        **_TRANSFORMER,
+        **_transformer(width),
         **_labels(class_names),
     )
     return DeformableDetrForObjectDetection(config)
 
 
 @host("deformable-detr", learning_rate=2e-3)
-def deformable_detr(class_names: list[str], num_queries: int) -> nn.Module:
+def deformable_detr(class_names: list[str], num_queries: int, width: int) -> nn.Module:
     """Deformable-DETR with iterative box refinement, one stage: learned queries, no denoising."""
-    return _deformable_detr(class_names, num_queries, two_stage=False)
+    return _deformable_detr(class_names, num_queries, width, two_stage=False)
 
 
 @host("deformable-detr-two-stage", learning_rate=1e-3)
-def deformable_detr_two_stage(class_names: list[str], num_queries: int) -> nn.Module:
+def deformable_detr_two_stage(class_names: list[str], num_queries: int, width: int) -> nn.Module:
     """The two-stage form, whose proposals transformers does not supervise."""
-    return _deformable_detr(class_names, num_queries, two_stage=True)
+    return _deformable_detr(class_names, num_queries, width, two_stage=True)
 
 
-def _dense_attention(class_names: list[str], num_queries: int) -> dict[str, Any]:
+def _dense_attention(class_names: list[str], num_queries: int, width: int) -> dict[str, Any]:
     """What the hosts that attend to all of one level have in common: three stages of a ResNet, and their sizes."""
     from transformers import ResNetConfig
 
@@ -165,34 +169,35 @@ def _dense_attention(class_names: list[str], num_queries: int) -> dict[str, Any]
     return {
         "backbone_config": ResNetConfig(**{**_RESNET, **stages}),
         "num_queries": num_queries,
-        **_TRANSFORMER,
+        **_transformer(width),
         **_labels(class_names),
     }
 
 
 @host("dab-detr", learning_rate=1e-3)
-def dab_detr(class_names: list[str], num_queries: int) -> nn.Module:
+def dab_detr(class_names: list[str], num_queries: int, width: int) -> nn.Module:
     """DAB-DETR, 0.4 M parameters: dense attention on one level, of stride 16; learned boxes for queries."""
     from transformers import DabDetrConfig, DabDetrForObjectDetection
 
-    return DabDetrForObjectDetection(DabDetrConfig(hidden_size=64, **_dense_attention(class_names, num_queries)))
+    config = DabDetrConfig(hidden_size=width, **_dense_attention(class_names, num_queries, width))
+    return DabDetrForObjectDetection(config)
 
 
 @host("conditional-detr", learning_rate=1e-3)
-def conditional_detr(class_names: list[str], num_queries: int) -> nn.Module:
+def conditional_detr(class_names: list[str], num_queries: int, width: int) -> nn.Module:
     """Conditional-DETR, 0.4 M parameters: the same attention; learned points for queries, which stay where they are."""
     from transformers import ConditionalDetrConfig, ConditionalDetrForObjectDetection
 
-    config = ConditionalDetrConfig(d_model=64, **_dense_attention(class_names, num_queries))
+    config = ConditionalDetrConfig(d_model=width, **_dense_attention(class_names, num_queries, width))
     return ConditionalDetrForObjectDetection(config)
 
 
-def _groups_of_queries(class_names: list[str], num_queries: int) -> dict[str, Any]:
+def _groups_of_queries(class_names: list[str], num_queries: int, width: int) -> dict[str, Any]:
     """What the hosts with groups of queries and fixed references have in common."""
     return {
         "c2f_num_blocks": 1,
-        "d_model": 64,
-        "decoder_ffn_dim": 128,
+        "d_model": width,
+        "decoder_ffn_dim": 2 * width,
         "decoder_layers": 3,
         "decoder_self_attention_heads": 4,
         "decoder_cross_attention_heads": 4,
@@ -213,7 +218,7 @@ _VIT: dict[str, Any] = {
 
 
 @host("lw-detr", learning_rate=2e-3)
-def lw_detr(class_names: list[str], num_queries: int) -> nn.Module:
+def lw_detr(class_names: list[str], num_queries: int, width: int) -> nn.Module:
     """LW-DETR, 0.5 M parameters: a ViT of four layers, two levels, three groups of queries."""
     from transformers import LwDetrConfig, LwDetrForObjectDetection, LwDetrViTConfig
 
@@ -221,23 +226,23 @@ def lw_detr(class_names: list[str], num_queries: int) -> nn.Module:
     config = LwDetrConfig(
         backbone_config=backbone,
         projector_scale_factors=[2.0, 1.0],
-        **_groups_of_queries(class_names, num_queries),
+        **_groups_of_queries(class_names, num_queries, width),
     )
     return LwDetrForObjectDetection(config)
 
 
 @host("rf-detr", learning_rate=1e-3)
-def rf_detr(class_names: list[str], num_queries: int) -> nn.Module:
+def rf_detr(class_names: list[str], num_queries: int, width: int) -> nn.Module:
     """RF-DETR, 0.5 M parameters: the same on a DINOv2 of four layers, and one level, of stride 8 for small images."""
     from transformers import RfDetrConfig, RfDetrForObjectDetection
     from transformers.models.rf_detr.configuration_rf_detr import RfDetrDinov2Config
 
     backbone = RfDetrDinov2Config(**{**_VIT, "patch_size": 8}, num_windows=2, use_mask_token=False)
-    config = RfDetrConfig(backbone_config=backbone, **_groups_of_queries(class_names, num_queries))
+    config = RfDetrConfig(backbone_config=backbone, **_groups_of_queries(class_names, num_queries, width))
     return RfDetrForObjectDetection(config)
 
 
-def _grounding_dino(class_names: list[str], num_queries: int) -> dict[str, Any]:
+def _grounding_dino(class_names: list[str], num_queries: int, width: int) -> dict[str, Any]:
     """What the two Grounding DINOs have in common: a BERT of one layer, the class names for a text.
 
     Two stages, for transformers has no other; its loss does not reach the proposals' boxes and scores.
@@ -260,46 +265,53 @@ def _grounding_dino(class_names: list[str], num_queries: int) -> dict[str, Any]:
         "backbone_config": ResNetConfig(**_RESNET),
         "text_config": BertConfig(**text),
         "max_text_len": 2 + 2 * len(class_names),
-        "d_model": 64,
+        "d_model": width,
         "num_feature_levels": 3,
         "num_queries": num_queries,
-        **_TRANSFORMER,
+        **_transformer(width),
         "fusion_droppath": 0.0,
         **_labels(class_names),
     }
 
 
 @host("grounding-dino", learning_rate=1e-3, bare_learns_by_mal=False)
-def grounding_dino(class_names: list[str], num_queries: int) -> nn.Module:
+def grounding_dino(class_names: list[str], num_queries: int, width: int) -> nn.Module:
     """Grounding DINO: two stages, no denoising, similarities with the class names' tokens for classes."""
     from transformers import GroundingDinoConfig
 
     from dfine_plugin.benchmarks.models.text_hosts import PromptedGroundingDinoForObjectDetection
 
-    config = GroundingDinoConfig(**_grounding_dino(class_names, num_queries))
+    config = GroundingDinoConfig(**_grounding_dino(class_names, num_queries, width))
     return PromptedGroundingDinoForObjectDetection(config)
 
 
 @host("mm-grounding-dino", learning_rate=1e-3, bare_learns_by_mal=False)
-def mm_grounding_dino(class_names: list[str], num_queries: int) -> nn.Module:
+def mm_grounding_dino(class_names: list[str], num_queries: int, width: int) -> nn.Module:
     """MM Grounding DINO, the same sizes: similarities scaled by the width, with a bias."""
     from transformers import MMGroundingDinoConfig
 
     from dfine_plugin.benchmarks.models.text_hosts import PromptedMMGroundingDinoForObjectDetection
 
-    config = MMGroundingDinoConfig(**_grounding_dino(class_names, num_queries))
+    config = MMGroundingDinoConfig(**_grounding_dino(class_names, num_queries, width))
     return PromptedMMGroundingDinoForObjectDetection(config)
 
 
-def _detrex(name: str, class_names: list[str], num_queries: int) -> nn.Module:
+def _check_width(width: int) -> None:
+    if width != WIDTH:
+        raise ValueError(f"hosts of other libraries have the width of their configs, and not {width}")
+
+
+def _detrex(name: str, class_names: list[str], num_queries: int, width: int) -> nn.Module:
     from dfine_plugin.benchmarks.models.detrex_hosts import build_detrex_host
 
+    _check_width(width)
     return build_detrex_host(name, class_names, num_queries)
 
 
-def _mmdet(kind: str, class_names: list[str], num_queries: int) -> nn.Module:
+def _mmdet(kind: str, class_names: list[str], num_queries: int, width: int) -> nn.Module:
     from dfine_plugin.benchmarks.models.mmdet_hosts import build_mmdet_host
 
+    _check_width(width)
     return build_mmdet_host(kind, class_names, num_queries)
 
 

@@ -20,7 +20,7 @@ from transformers import AutoImageProcessor
 from typer import Typer
 from typer.testing import CliRunner
 
-from dfine_plugin import FDRConfig, adapters, load_pretrained, make_mosaics
+from dfine_plugin import FDRConfig, adapters, load_pretrained, make_mosaics, wrap_decoder
 from dfine_plugin.benchmarks import ablation
 from dfine_plugin.benchmarks.ablation import main
 from dfine_plugin.benchmarks.data.detection_data import normalise
@@ -161,6 +161,8 @@ def test_a_rate_that_does_not_train_bounds_the_grid(monkeypatch: pytest.MonkeyPa
         (["--image-size=161"], "this host cannot take images of 161 x 161"),
         (["--data=nowhere"], "there is no nowhere/instances_train.json and no nowhere/instances_val.json"),
         (["--device=gpu"], "'gpu' is neither cpu nor cuda"),
+        (["--width=72"], "72 is no multiple of 16"),
+        (["--host=detrex/dino", "--width=128"], "128 is not for detrex/dino, whose config has the width"),
         (["--class-loss=focal"], "'focal' is neither host nor mal"),
         (["--host=grounding-dino", "--class-loss=mal"], "no baseline grounding-dino learns its classes by MAL"),
         (["--host=mmdet/dino", "--class-loss=mal"], "no baseline mmdet/dino learns its classes by MAL"),
@@ -236,6 +238,20 @@ def test_hosts_have_as_many_queries_as_asked_for(host: str) -> None:
         boxes = model(pixel_values=torch.rand(1, 3, 64, 64)).pred_boxes
     # detrex's report (query, class) pairs
     assert boxes.shape[1] == (24 if host.startswith("detrex/") else 12)
+
+
+@pytest.mark.parametrize("host", [name for name in HOSTS if "/" not in name])
+def test_hosts_of_transformers_have_the_width_that_is_asked_for(host: str) -> None:
+    models = [build_host(host, ["a", "b"], 12, width) for width in (64, 128)]
+    widths = [wrap_decoder(model).get_submodule("model.decoder.fdr.refine.0.0").in_features for model in models]
+    assert widths == [64, 128]
+    assert torch.isfinite(models[1].eval()(pixel_values=torch.rand(1, 3, 64, 64)).pred_boxes).all()
+
+
+def test_hosts_of_other_libraries_have_their_own_width() -> None:
+    for host in ("detrex/dino", "mmdet/dino"):
+        with pytest.raises(ValueError, match="hosts of other libraries have the width of their configs, and not 96"):
+            build_host(host, ["a"], 12, 96)
 
 
 @pytest.mark.parametrize("host", rows())
