@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dfine_plugin.errors import WrapStateError
+from dfine_plugin.config import FDRConfig
+from dfine_plugin.errors import UnsupportedModelError, WrapStateError
+from dfine_plugin.gating import GatedNorm, NormBeforeCrossAttention
 from dfine_plugin.head import locate_initial_boxes
 from dfine_plugin.wrapping import binding_of
 
@@ -70,7 +72,9 @@ class Retired:
             parent, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(parent), attribute, value)
         for name, host_class in self.classes.items():
-            recast(model.get_submodule(name), host_class)
+            module = model.get_submodule(name)
+            module.__dict__.pop("gate", None)
+            recast(module, host_class)
 
 
 def retire(model: Host, names: Iterable[str], retired: Retired) -> None:
@@ -99,6 +103,36 @@ def recast(module: nn.Module, twin: type[nn.Module]) -> type[nn.Module]:
     former = type(module)
     module.__class__ = twin
     return former
+
+
+def check_gates(model: Host, decoder: str, norms: tuple[str, str], config: FDRConfig) -> None:
+    """Raise :class:`UnsupportedModelError` where target gating is asked for, and norms around cross-attention are none.
+
+    Args:
+        model: the host.
+        decoder: the dotted name of its decoder.
+        norms: of a layer, by their dotted names in it: the last one before its cross-attention, and the one behind it.
+        config: whether there is target gating.
+    """
+    for index, layer in enumerate(model.get_submodule(decoder).layers if config.target_gating else ()):
+        for name in norms:
+            norm = layer.get_submodule(name)
+            if type(norm) is not nn.LayerNorm:
+                raise UnsupportedModelError(
+                    f"target_gating is for layers with LayerNorms around cross-attention, and {decoder}.layers.{index}."
+                    f"{name} of this {type(model).__name__} is a {type(norm).__name__}"
+                )
+
+
+def gate_layers(model: Host, decoder: str, norms: tuple[str, str], retired: Retired) -> None:
+    """Let the layers of a decoder have the gates of its FDR head, which has none without target gating."""
+    module = model.get_submodule(decoder)
+    for index, gate in enumerate(module.fdr.gates):
+        before, behind = (f"{decoder}.layers.{index}.{name}" for name in norms)
+        retired.recast(model, before, NormBeforeCrossAttention)
+        retired.recast(model, behind, GatedNorm)
+        # beside its modules: in state dicts the gates have the FDR head's name alone
+        model.get_submodule(behind).__dict__["gate"] = gate
 
 
 def keep_first_layers(

@@ -46,6 +46,9 @@ class FDRConfig:
             1 is the paper's; schedules too short for the paper's head to leave the initial boxes need more.
         lqe: add a quality estimated from the shape of the distributions to the class logits, as the paper does. Off: no
             difference was measured that would pay for its parameters.
+        target_gating: let each decoder layer learn what a query keeps of itself, and what it takes of the image, as
+            D-FINE's own decoder does (:class:`~dfine_plugin.gating.TargetGate`); at first the host, to the last bit. It
+            is a part of the host's layers, and adds ``4 C^2`` parameters to each, of width C.
         class_loss: ``"host"``, the host's own, or ``"mal"``: DEIM's matchability-aware loss
             (:func:`~dfine_plugin.losses.matchability_aware_loss`) in its place, under its name and with its weight.
         distribution_losses_train: what the gradients of FGL and DDF reach: ``"all"``, the paper's, or ``"head"``: the
@@ -71,6 +74,7 @@ class FDRConfig:
     ddf: bool = False
     residual_scale: float = 2.0
     lqe: bool = False
+    target_gating: bool = False
     class_loss: str = "host"
     distribution_losses_train: str = "all"
     trainable: str = "all"
@@ -91,9 +95,11 @@ class FDRConfig:
         check_number("residual_scale", self.residual_scale, above=0)
         check_number("fgl_weight", self.fgl_weight, least=0)
         check_number("ddf_weight", self.ddf_weight, least=0)
-        for name in ("union", "ddf", "lqe", "box_refinement"):
+        for name in ("union", "ddf", "lqe", "target_gating", "box_refinement"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if self.target_gating and self.trainable == "head":
+            raise ValueError("target_gating changes the host's layers, which trainable='head' is to leave as they are")
 
     @classmethod
     def paper(cls, **changes: Any) -> FDRConfig:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .boxes import at_least_float32, inverse_sigmoid, move_edges
 from .config import WEIGHTINGS, FDRConfig
 from .errors import SettingsMismatchError, WrapStateError
+from .gating import TargetGate
 
 QUALITY_TOP_K = 4
 """How many of an edge's highest probabilities, besides their mean, the location quality is estimated from."""
@@ -95,6 +96,8 @@ class FDRHead(nn.Module):
     Its state dict carries, as a small tensor, the settings that its weights mean nothing without; loading one of other
     settings raises :class:`SettingsMismatchError`. State dicts of version 0.1.0 have none and load unchecked.
 
+    With ``target_gating`` it holds the gates of the host's layers, too, which the adapters tie to these.
+
     Args:
         hidden_dim: C, the width of the decoder.
         num_layers: L.
@@ -117,6 +120,8 @@ class FDRHead(nn.Module):
         num_values = self.config.num_bins + 1
         self.refine = nn.ModuleList(DistributionMLP(hidden_dim, 4 * num_values) for _ in range(num_layers))
         self.quality = nn.ModuleList(LocationQuality() for _ in range(num_layers if self.config.lqe else 0))
+        num_gates = num_layers if self.config.target_gating else 0
+        self.gates = nn.ModuleList(TargetGate(hidden_dim) for _ in range(num_gates))
         self.register_buffer("weights", self.config.bin_values(), persistent=False)
 
     def start(self, initial_boxes: Tensor) -> Refinement:
@@ -161,6 +166,7 @@ class FDRHead(nn.Module):
         """Drop all layers but the first ``num_layers``, whose boxes stay as they are."""
         self.refine = self.refine[:num_layers]
         self.quality = self.quality[:num_layers]
+        self.gates = self.gates[:num_layers]
         self.num_layers = num_layers
 
     def check_deployable(self) -> None:
@@ -219,6 +225,12 @@ class FDRHead(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, *args):
         # absent in version 0.1.0, whose state dicts load strictly, too
         state_dict.setdefault(f"{prefix}_extra_state", self.get_extra_state())
+        gated = any(key.startswith(f"{prefix}gates.") for key in state_dict)
+        if gated != bool(len(self.gates)):
+            raise SettingsMismatchError(
+                f"the state dict's weights come from a model with target_gating {gated} (this model: {not gated}), and "
+                "its decoder layers compute something else; wrap the model with that setting"
+            )
         super()._load_from_state_dict(state_dict, prefix, *args)
         if self.weights.is_meta:  # no state dict holds it
             given = (x for key, x in state_dict.items() if key.startswith(f"{prefix}refine.") and not x.is_meta)

@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .config import FDRConfig
 from .errors import UnsupportedModelError, WrapStateError
+from .gating import forget_held
 from .record import FDRRecord, close_scope, current_record, open_scope
 from .registry import Adapter, AdapterWithCriterion, find_adapter
 from .wrappable import check_is_model, check_wrappable, put_around
@@ -285,3 +286,4 @@ def _begin_forward(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
 
 def _end_forward(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     close_scope()
+    forget_held()

@@ -21,6 +21,8 @@ from .decoder import InitialBoxHead, RefiningDecoder
 from .detector import DetrexDetector
 
 DECODER = "transformer.decoder"
+NORMS = "norms.0", "norms.1"
+"""Of a decoder layer: all hosts norm after self-attention, after cross-attention, and at the end."""
 
 
 class DetrexAdapter:
@@ -61,6 +63,7 @@ class DetrexAdapter:
         first = self.first_box_head(model)
         if type(first) is not MLP:
             raise UnsupportedModelError(f"this {name} has box heads of another class: {type(first)}")
+        host_parts.check_gates(model, DECODER, NORMS, config)
 
     def first_box_head(self, model: Host) -> nn.Module:
         """The box head whose output makes the initial boxes."""
@@ -76,6 +79,7 @@ class DetrexAdapter:
         decoder.deployed = False
         decoder.fdr = FDRHead(model.transformer.embed_dim, num_layers, config).to(next(decoder.parameters()))
         decoder.fdr.train(decoder.training)
+        host_parts.gate_layers(model, DECODER, NORMS, retired)
         retired.recast(model, "criterion", self.criterion_classes[type(criterion)])
         criterion.fdr_config = config
         retired.replace(model, "criterion.weight_dict", extended_weights(criterion.weight_dict, criterion, num_layers))

@@ -27,6 +27,8 @@ from .detector import MMDetDetector
 from .head import DeformableDETRHead, DINOHead, FDRDeformableDETRHead, FDRDINOHead, relative_target
 
 DECODER = "decoder"
+NORMS = "norms.0", "norms.1"
+"""Of a decoder layer, before and behind its attention to the image."""
 
 
 @register_adapter("mmdet.models.detectors.deformable_detr.DeformableDETR", "mmdet.models.detectors.dino.DINO")
@@ -75,6 +77,7 @@ class DeformableDetrAdapter:
                 f"this {name} does not refine boxes (with_box_refine=False). FDR refines references from layer to "
                 "layer, which changes what its decoder attends to; FDRConfig(box_refinement=True) consents to that"
             )
+        host_parts.check_gates(model, DECODER, NORMS, config)
 
     def attach(self, model: Host, config: FDRConfig) -> Retired:
         """See :class:`~dfine_plugin.registry.Adapter`."""
@@ -90,6 +93,7 @@ class DeformableDetrAdapter:
         retired.recast(model, DECODER, self.decoder_classes[type(decoder)])
         decoder.fdr = FDRHead(decoder.embed_dims, decoder.num_layers, config).to(next(decoder.parameters()))
         decoder.fdr.train(decoder.training)
+        host_parts.gate_layers(model, DECODER, NORMS, retired)
         retired.recast(model, "bbox_head", self.head_classes[type(head)])
         head.fdr_config = config
         # no bound method: copies of the model have one of their own

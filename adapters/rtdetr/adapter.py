@@ -25,6 +25,8 @@ from .criteria import unwrap_criterion, wrap_criterion
 from .decoder import DECODERS, TRANSFORMERS
 
 DECODER = "decoder.decoder"
+NORMS = "norm1", "norm2"
+"""Of a decoder layer, before and behind its attention to the image."""
 
 _check_targets = torch.compiler.disable(check_targets)  # it looks at values
 
@@ -51,6 +53,7 @@ class RTDETRAdapter:
                 raise UnsupportedModelError(
                     f"this {type(model).__name__} has a {type(part).__name__} where {expected} is expected"
                 )
+        host_parts.check_gates(model, DECODER, NORMS, config)
 
     def attach(self, model: Host, config: FDRConfig) -> Retired:
         """See :class:`~dfine_plugin.registry.Adapter`."""
@@ -62,6 +65,7 @@ class RTDETRAdapter:
         retired.recast(model, DECODER, DECODERS[type(decoder)])
         decoder.fdr = FDRHead(transformer.hidden_dim, num_layers, config).to(next(decoder.parameters()))
         decoder.fdr.train(decoder.training)
+        host_parts.gate_layers(model, DECODER, NORMS, retired)
         retired.load_hook = model.register_load_state_dict_pre_hook(_prepare_loading)
         return retired
 

@@ -91,6 +91,8 @@ class TransformersAdapter:
     loss_class: ClassVar[type[GOLSDLoss]]
     hidden_dim: ClassVar[str] = "d_model"
     """The config's name for C, the width of the decoder's hidden states."""
+    norms: ClassVar[tuple[str, str]] = ("self_attn_layer_norm", "encoder_attn_layer_norm")
+    """Of a decoder layer, the norms before and behind its attention to the image."""
 
     def attach_heads(self, model: Host, config: FDRConfig, retired: Retired) -> None:
         """Retire the host's box heads after the first one, and note in ``retired`` what was changed."""
@@ -111,6 +113,7 @@ class TransformersAdapter:
             )
         if type(model.model.decoder) not in self.decoder_classes:
             raise UnsupportedModelError(f"this {name} has a decoder of another class: {type(model.model.decoder)}")
+        host_parts.check_gates(model, self.decoder, self.norms, config)
 
     def attach(self, model: Host, config: FDRConfig) -> Retired:
         """See :class:`~dfine_plugin.registry.Adapter`."""
@@ -124,6 +127,7 @@ class TransformersAdapter:
         retired.recast(model, "model.decoder", twin)
         decoder.fdr = FDRHead(getattr(model.config, self.hidden_dim), len(decoder.layers), config).to(parameter)
         decoder.fdr.train(decoder.training)
+        host_parts.gate_layers(model, self.decoder, self.norms, retired)
         retie(model)
         saving.note_settings(model, config)
         model.loss_function = self.loss_class(config)

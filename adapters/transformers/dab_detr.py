@@ -53,6 +53,7 @@ class DabDetrAdapter(hf.TransformersAdapter):
     decoder_classes: ClassVar[dict[type[nn.Module], type[nn.Module]]] = {host.DabDetrDecoder: FDRDabDetrDecoder}
     loss_class = DeformableDetrGOLSDLoss
     hidden_dim = "hidden_size"
+    norms = ("self_attn.self_attn_layer_norm", "cross_attn.cross_attn_layer_norm")
 
     def check(self, model: host_parts.Host, config: FDRConfig) -> None:
         super().check(model, config)

@@ -207,6 +207,7 @@ class GroundingDinoAdapter(hf.TransformersAdapter):
         host.GroundingDinoDecoder: FDRGroundingDinoDecoder
     }
     loss_class = GroundingDinoGOLSDLoss
+    norms = ("encoder_attn_text_layer_norm", "encoder_attn_layer_norm")
     initial_box_head: ClassVar[type[refining_heads.InitialBoxHead]] = InitialGroundingDinoBoxHead
     recorded_class_head: ClassVar[type[recomputed_boxes.RecordedLogits]] = RecordedGroundingDinoClassHead
     deployed_class_head: ClassVar[type[DeployedLogits]] = DeployedGroundingDinoClassHead

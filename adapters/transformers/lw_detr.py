@@ -184,6 +184,7 @@ class LwDetrAdapter(hf.TransformersAdapter):
         modeling_lw_detr.LwDetrDecoder: FDRLwDetrDecoder
     }
     loss_class = LwDetrGOLSDLoss
+    norms = ("self_attn_layer_norm", "cross_attn_layer_norm")
     box_head_classes: ClassVar[dict[type[nn.Module], type[Any]]] = {
         modeling_lw_detr.LwDetrMLPPredictionHead: RecordedLwDetrBoxHead
     }

@@ -107,8 +107,9 @@ class Host(ABC):
         return self.losses(model, images, labels)[0]
 
     def config(self, **settings: Any) -> FDRConfig:
-        """The paper's recipe, for it has every part."""
-        return FDRConfig.paper(**{**self.settings, **settings})
+        """The paper's recipe and gates, so that every part is there."""
+        gating = settings.get("trainable") != "head"
+        return FDRConfig.paper(**{"target_gating": gating, **self.settings, **settings})
 
     def class_head(self, model: nn.Module, layer: int) -> nn.Module:
         """The class head of a decoder layer, from 0: its own, or the one of all."""

@@ -252,7 +252,10 @@ def slow_losses(
     normal = predictions.part(slice(split, None))
     num_layers = len(normal.boxes)
     suffixes = [f"{aux}{i}" for i in range(num_layers - 1)] + [""]
-    sets = {s: (normal.logits[i], normal.boxes[i]) for i, s in enumerate(suffixes)}
+    boxes = (
+        normal.boxes if rt_detr or grouped else [slow.reported(of_layer) for of_layer in normal.boxes]
+    )  # of sigmoids
+    sets = {s: (normal.logits[i], boxes[i]) for i, s in enumerate(suffixes)}
     sets["_pre"] = (normal.initial_logits, normal.initial_boxes)
     if rt_detr:
         sets[f"{aux}{num_layers - 1}"] = (outputs.enc_topk_logits, outputs.enc_topk_bboxes)

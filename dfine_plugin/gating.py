@@ -1,0 +1,70 @@
+"""Target gating (D-FINE, section 4.1): what a query keeps of itself, and what it takes of the image, is learnt.
+
+After cross-attention a decoder layer adds what it found to what the query held: ``norm(x + d)``. A query that moves
+from one object to the next would better forget the first. D-FINE's gates decide: ``norm(g x + g' d)``, with
+``(g, g') = sigmoid(Linear([x, d]))``.
+"""
+
+import threading
+
+import torch
+from torch import Tensor, nn
+
+
+class TargetGate(nn.Module):
+    """The gates of one decoder layer; fresh ones change nothing.
+
+    Gives ``s + tanh(u / 2) x + tanh(u' / 2) d``, which is ``2 (sigmoid(u) x + sigmoid(u') d)``, with ``(u, u') =
+    Linear([x, d])``, which starts at zero. A LayerNorm behind it makes no difference of the factor 2.
+
+    Args:
+        hidden_dim: C, the width of the decoder.
+    """
+
+    def __init__(self, hidden_dim: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2 * hidden_dim, 2 * hidden_dim)
+        for parameter in self.linear.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, held: Tensor, total: Tensor) -> Tensor:
+        """From x, ``(..., C)``, what queries held before cross-attention, and s = x + d, after it: ``(..., C)``."""
+        found = total - held
+        keep, take = (self.linear(torch.cat([held, found], dim=-1)) / 2).tanh().chunk(2, dim=-1)
+        return total + keep * held + take * found
+
+
+class _Held(threading.local):
+    """What the norm before cross-attention has put out, on this thread; gone when it has been used."""
+
+    latest: Tensor | None = None
+
+
+_held = _Held()
+
+
+def forget_held() -> None:
+    """Drop what a forward that was cut short has left."""
+    _held.latest = None
+
+
+class NormBeforeCrossAttention(nn.LayerNorm):
+    """A layer's norm before its cross-attention, whose output its gates will ask for."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        _held.latest = held = super().forward(input)
+        return held
+
+
+class GatedNorm(nn.LayerNorm):
+    """A layer's norm behind its cross-attention, of what its gates let through.
+
+    The gates lie with the FDR head, by whose name state dicts have them; the norm has them as a plain attribute.
+    """
+
+    gate: TargetGate
+
+    def forward(self, input: Tensor) -> Tensor:
+        held, _held.latest = _held.latest, None
+        assert held is not None
+        return super().forward(self.gate(held, input))
