@@ -73,7 +73,8 @@ class Retired:
             setattr(model.get_submodule(parent), attribute, value)
         for name, host_class in self.classes.items():
             module = model.get_submodule(name)
-            module.__dict__.pop("gate", None)
+            if isinstance(module, GatedNorm):
+                module.untie()
             recast(module, host_class)
 
 
@@ -127,12 +128,13 @@ def check_gates(model: Host, decoder: str, norms: tuple[str, str], config: FDRCo
 def gate_layers(model: Host, decoder: str, norms: tuple[str, str], retired: Retired) -> None:
     """Let the layers of a decoder have the gates of its FDR head, which has none without target gating."""
     module = model.get_submodule(decoder)
-    for index, gate in enumerate(module.fdr.gates):
+    for index in range(len(module.fdr.gates)):
         before, behind = (f"{decoder}.layers.{index}.{name}" for name in norms)
         retired.recast(model, before, NormBeforeCrossAttention)
         retired.recast(model, behind, GatedNorm)
-        # beside its modules: in state dicts the gates have the FDR head's name alone
-        model.get_submodule(behind).__dict__["gate"] = gate
+        norm = model.get_submodule(behind)
+        assert isinstance(norm, GatedNorm)
+        norm.tie(module, index)
 
 
 def keep_first_layers(

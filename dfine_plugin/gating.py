@@ -6,6 +6,7 @@ from one object to the next would better forget the first. D-FINE's gates decide
 """
 
 import threading
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,12 +60,22 @@ class NormBeforeCrossAttention(nn.LayerNorm):
 class GatedNorm(nn.LayerNorm):
     """A layer's norm behind its cross-attention, of what its gates let through.
 
-    The gates lie with the FDR head, by whose name state dicts have them; the norm has them as a plain attribute.
+    The gates lie with the FDR head, by whose name state dicts have them, and are looked up there: what stands in for
+    the head, as peft's does, brings gates of its own. The decoder is a plain attribute of the norm, and no part of it.
     """
 
-    gate: TargetGate
+    decoder: Any
+    layer: int
+
+    def tie(self, decoder: nn.Module, layer: int) -> None:
+        """Say whose gates these are: of the decoder's FDR head, for this layer, from 0."""
+        self.__dict__.update(decoder=decoder, layer=layer)
+
+    def untie(self) -> None:
+        """Take that back."""
+        del self.__dict__["decoder"], self.__dict__["layer"]
 
     def forward(self, input: Tensor) -> Tensor:
         held, _held.latest = _held.latest, None
         assert held is not None
-        return super().forward(self.gate(held, input))
+        return super().forward(self.decoder.fdr.gates[self.layer](held, input))

@@ -225,8 +225,8 @@ class FDRHead(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, *args):
         # absent in version 0.1.0, whose state dicts load strictly, too
         state_dict.setdefault(f"{prefix}_extra_state", self.get_extra_state())
-        gated = any(key.startswith(f"{prefix}gates.") for key in state_dict)
-        if gated != bool(len(self.gates)):
+        held, gated = (any(key.startswith(f"{prefix}{part}.") for key in state_dict) for part in ("refine", "gates"))
+        if held and gated != bool(len(self.gates)):
             raise SettingsMismatchError(
                 f"the state dict's weights come from a model with target_gating {gated} (this model: {not gated}), and "
                 "its decoder layers compute something else; wrap the model with that setting"

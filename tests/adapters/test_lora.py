@@ -73,7 +73,9 @@ def test_the_whole_head_trains_saves_and_merges(host: Host, tmp_path: Path) -> N
     head = host.fdr(model.get_base_model()).modules_to_save["default"]
     assert isinstance(head, FDRHead)
     moved = dict(host.fdr(start).named_parameters())
-    assert all(not torch.equal(p, moved[name]) for name, p in head.named_parameters() if name.startswith("refine"))
+    assert all(
+        not torch.equal(p, moved[name]) for name, p in head.named_parameters() if name.startswith(("refine", "gates"))
+    )
 
     model.save_pretrained(tmp_path)
     expected = predict(host, model)

@@ -48,10 +48,11 @@ def test_a_fresh_gate_changes_nothing_to_the_last_bit_and_learns() -> None:
 
 def layer() -> tuple[nn.Module, nn.Module]:
     """The two norms of a layer, tied by a gate that has left its zeros."""
-    before, behind, gate = NormBeforeCrossAttention(8), GatedNorm(8), TargetGate(8)
-    behind.__dict__["gate"] = gate
-    nn.init.normal_(gate.linear.weight)
-    return nn.ModuleDict({"before": before, "behind": behind, "gate": gate}), gate
+    norms = nn.ModuleDict({"before": NormBeforeCrossAttention(8), "behind": GatedNorm(8)})
+    norms.fdr = FDRHead(8, 1, FDRConfig(target_gating=True))
+    norms["behind"].tie(norms, 0)
+    nn.init.normal_(norms.fdr.gates[0].linear.weight)
+    return norms, norms.fdr.gates[0]
 
 
 def run(norms: nn.Module, seed: int = 0) -> torch.Tensor:
@@ -61,11 +62,11 @@ def run(norms: nn.Module, seed: int = 0) -> torch.Tensor:
 
 def test_copies_have_gates_of_their_own_and_names_lie_with_the_gate_alone() -> None:
     norms, gate = layer()
-    names = {"before.weight", "before.bias", "behind.weight", "behind.bias", "gate.linear.weight", "gate.linear.bias"}
-    assert norms.state_dict().keys() == names
+    names = {"before.weight", "before.bias", "behind.weight", "behind.bias"}
+    assert {name for name in norms.state_dict() if not name.startswith("fdr.")} == names
     for twin in (copy.deepcopy(norms), pickle.loads(pickle.dumps(norms))):
-        assert twin["behind"].gate is twin["gate"]
-        assert twin["gate"] is not gate
+        assert twin["behind"].decoder is twin
+        assert twin.fdr.gates[0] is not gate
         assert torch.equal(run(twin), run(norms))
 
 
