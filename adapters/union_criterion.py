@@ -41,9 +41,12 @@ def layer_names(sets: Sequence[dict[str, Tensor]], record: FDRRecord, of: str = 
 
 
 def check_of_losses_inputs(record: FDRRecord, sets: Mapping[str, dict[str, Tensor]]) -> FiniteCheck:
-    """The check of all predictions that losses are computed from: the corner logits of a forward, and prediction sets
-    under names that tell them."""
+    """The check of all predictions that losses are computed from: the corner logits of a forward, prediction sets under
+    names that tell them, and what a teacher says."""
     tensors = {f"{key} of {name}": tensor for name, outputs in sets.items() for key, tensor in outputs.items()}
+    if record.lesson is not None:
+        said = record.lesson.record
+        tensors |= {"boxes of the teacher": said.boxes[-1], "corner logits of the teacher": said.corner_logits[-1]}
     layers = enumerate(record.corner_logits, start=1)
     return FiniteCheck(tensors | {f"corner logits of decoder layer {layer}": logits for layer, logits in layers})
 

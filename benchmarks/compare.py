@@ -12,7 +12,7 @@ import json
 from dataclasses import fields
 from pathlib import Path
 from statistics import fmean
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -62,10 +62,15 @@ def check_fair(one: Result, other: Result) -> None:
     """
     settings = [r["settings"] for r in (one, other)]
     names = {name for found in settings for name in found} - {*MAY_DIFFER}
-    values = {name: [found.get(name, DEFAULTS.get(name)) for found in settings] for name in names}
+    values = {name: [_spelt(found.get(name, DEFAULTS.get(name))) for found in settings] for name in names}
     wrong = sorted(name for name, (first, second) in values.items() if first != second)
     if wrong:
         raise ValueError(f"the rows differ in {', '.join(wrong)}: no fair twins")
+
+
+def _spelt(value: Any) -> Any:
+    """Of hosts' names, which the ablation spells with a hyphen and transformers without, one spelling."""
+    return value.replace("_", "-") if isinstance(value, str) else value
 
 
 def figures_of(result: Result) -> dict[str, float]:
@@ -83,10 +88,12 @@ def markdown(rows: dict[int, Result], others: dict[int, Result]) -> str:
     lines = [f"{len(seeds)} paired seeds: {', '.join(map(str, seeds))}", ""]
     lines += table_header(["", "row", "other", "difference"])
     ours, theirs = ({seed: figures_of(found[seed]) for seed in seeds} for found in (rows, others))
-    for name in ours[seeds[0]]:
+    for name in dict.fromkeys(name for found in (ours, theirs) for figures in found.values() for name in figures):
         row, other = ({seed: of[seed][name] for seed in seeds if name in of[seed]} for of in (ours, theirs))
         means = (f"{fmean(by_seed.values()):.2f}" if by_seed else NONE for by_seed in (row, other))
         lines.append(table_row([name, *means, str(paired_difference(row, other) or NONE)]))
+    if len({found[seed]["code"] for found in (rows, others) for seed in seeds}) > 1:
+        lines += ["", "These runs were made with different states of the plugin's code."]
     return "\n".join(lines)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dfine_plugin.benchmarks.gain.variants import is_taught
+from dfine_plugin.benchmarks.gain.variants import fdr_settings, is_taught
 from dfine_plugin.config import CLASS_LOSSES
 from dfine_plugin.tools.image_sizes import RT_DETR_STRIDES, check_image_size
 
@@ -77,18 +77,28 @@ TeacherOption = Annotated[
 ]
 
 
-def check_teacher(teacher: Path | None, rows: Sequence[str]) -> None:
-    """Refuse rows that learn from a teacher without one, a teacher without such rows, and one that is not wrapped."""
+def check_teacher(teacher: Path | None, rows: Sequence[str], host: str) -> None:
+    """Refuse rows that learn from a teacher without one, a teacher without such rows, and one that cannot teach."""
     taught = [row for row in rows if is_taught(row)]
     wrong = None
     if teacher is None:
         wrong = f"the row {taught[0]} learns from one" if taught else None
     elif not taught:
         wrong = "no row learns from one, as 'taught' does"
-    elif not (teacher / "config.json").is_file():
-        wrong = f"{teacher} has no config.json: give a folder that save_pretrained wrote"
-    elif "dfine_plugin" not in json.loads((teacher / "config.json").read_text()):
-        wrong = f"{teacher} is not wrapped: its boxes come from no distributions"
+    elif "/" in host:
+        wrong = f"{host} takes other inputs than a model in such a folder"
+    elif any((fdr_settings(row) or {}).get("fgl_weight") == 0 for row in taught):
+        wrong = "fgl_weight is 0, and FGL is what a teacher would take part in"
+    else:
+        try:
+            own = json.loads((teacher / "config.json").read_text()).get("dfine_plugin")
+        except (OSError, ValueError, AttributeError):
+            wrong = f"{teacher} has no config.json that can be read: give a folder that save_pretrained wrote"
+        else:
+            if own is None:
+                wrong = f"{teacher} is not wrapped: its boxes come from no distributions"
+            elif own.get("deployed"):
+                wrong = f"{teacher} is deployed, and keeps no record of its distributions"
     if wrong:
         raise typer.BadParameter(wrong, param_hint="--teacher")
 

@@ -159,7 +159,7 @@ def main(
         config = json.loads((find_trained(trained) / "config.json").read_text())
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    check_teacher(teacher, variants)
+    check_teacher(teacher, variants, config["model_type"])
     if "dfine_plugin" in config:
         raise typer.BadParameter(f"{trained} is wrapped already", param_hint="--trained")
     if trained in STEPS:

@@ -69,11 +69,11 @@ def load_trained(name_or_folder: str, class_names: list[str] | None = None) -> n
         model = host_class.from_pretrained(folder, config=config, dtype=torch.float32, ignore_mismatched_sizes=True)
     finally:
         transformers.logging.set_verbosity(verbosity)
-    _take_benchmarks_images(model, folder)
+    take_benchmarks_images(model, folder)
     return model
 
 
-def _take_benchmarks_images(model: nn.Module, folder: Path) -> None:
+def take_benchmarks_images(model: nn.Module, folder: Path) -> None:
     """Let a host that was trained on otherwise normalised images take those of `detection_data.normalise`."""
     from dfine_plugin.checkpoints import open_checkpoint
 

@@ -5,7 +5,10 @@ from one object to the next would better forget the first. D-FINE's gates decide
 ``(g, g') = sigmoid(Linear([x, d]))``.
 """
 
+from __future__ import annotations
+
 import threading
+import weakref
 from typing import Any
 
 import torch
@@ -57,25 +60,45 @@ class NormBeforeCrossAttention(nn.LayerNorm):
         return held
 
 
+class DecoderOf:
+    """Where a norm finds its decoder, which holds it: a weak reference, so that models are freed when they are let go.
+
+    A copy of the whole decoder is found by the copied norm; of a copied norm alone the decoder stays the one it was.
+    """
+
+    def __init__(self, decoder: nn.Module) -> None:
+        self.reference = weakref.ref(decoder)
+
+    def __call__(self) -> Any:
+        return self.reference()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DecoderOf:
+        decoder = self()
+        return DecoderOf(memo.get(id(decoder), decoder))
+
+    def __reduce__(self) -> tuple[type[DecoderOf], tuple[nn.Module]]:
+        return DecoderOf, (self(),)
+
+
 class GatedNorm(nn.LayerNorm):
     """A layer's norm behind its cross-attention, of what its gates let through.
 
     The gates lie with the FDR head, by whose name state dicts have them, and are looked up there: what stands in for
-    the head, as peft's does, brings gates of its own. The decoder is a plain attribute of the norm, and no part of it.
+    the head, as peft's does, brings gates of its own.
     """
 
-    decoder: Any
+    decoder_of: DecoderOf
     layer: int
 
     def tie(self, decoder: nn.Module, layer: int) -> None:
         """Say whose gates these are: of the decoder's FDR head, for this layer, from 0."""
-        self.__dict__.update(decoder=decoder, layer=layer)
+        self.__dict__.update(decoder_of=DecoderOf(decoder), layer=layer)
 
     def untie(self) -> None:
         """Take that back."""
-        del self.__dict__["decoder"], self.__dict__["layer"]
+        del self.__dict__["decoder_of"], self.__dict__["layer"]
 
     def forward(self, input: Tensor) -> Tensor:
         held, _held.latest = _held.latest, None
         assert held is not None
-        return super().forward(self.decoder.fdr.gates[self.layer](held, input))
+        return super().forward(self.decoder_of().fdr.gates[self.layer](held, input))

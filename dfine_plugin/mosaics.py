@@ -10,7 +10,7 @@ from torch import Tensor
 PER_TRUTH = ("boxes", "class_labels", "labels", "area", "iscrowd")
 """What labels hold for each truth of an image, and a mosaic for those of all four."""
 
-PER_IMAGE = ("image_id", "size", "orig_size")
+PER_IMAGE = ("image_id", "size", "orig_size", "idx")
 """What labels hold for an image, and a mosaic has from the one whose place it takes."""
 
 
@@ -24,10 +24,11 @@ def make_mosaics(
 
     One-to-one matching trains as many queries as there are truths. A mosaic has those of four images, and the detector
     learns as much from it as with several queries a truth, which one-to-one matching does without. It goes with any
-    detector, wrapped or not. DEIM makes mosaics of half of the images, in the first half of the schedule.
+    detector of images alone, wrapped or not. DEIM makes mosaics of half of the images, in the first half of the
+    schedule.
 
     Args:
-        pixel_values: ``(B, C, H, W)``, images without padding.
+        pixel_values: ``(B, C, H, W)`` of floating point, images without padding, for boxes are in sides of the whole.
         labels: for each image its ``boxes`` ``(n, 4)`` cxcywh in image sides, and ``class_labels`` (or ``labels``)
             ``(n,)``; with ``area``, ``iscrowd``, ``image_id``, ``size`` and ``orig_size``, if they are there.
         share: the probability of an image to be replaced, by itself and three others, each in a place of its own. In
@@ -38,8 +39,9 @@ def make_mosaics(
         Images and labels, new ones on the same device; what was given is not changed, and nothing waits for the device.
 
     Raises:
-        ValueError: the share is no probability, there are not as many labels as images, images are of less than two
-            pixels a side, or labels hold something else, such as masks, which a mosaic would have to cut and does not.
+        ValueError: the share is no probability, there are not as many labels as images, images are integers or of less
+            than two pixels a side, or labels hold no boxes, or something else, such as masks, which a mosaic would have
+            to cut and does not.
 
     Example:
         >>> pixel_values, labels = make_mosaics(batch["pixel_values"], batch["labels"])
@@ -54,12 +56,12 @@ def make_mosaics(
 
     top, left = height // 2, width // 2
     halves = [(rows, columns) for rows in ((0, top), (top, height)) for columns in ((0, left), (left, width))]
-    mosaics = pixel_values.new_empty(len(replaced), *pixel_values.shape[1:])
+    mosaics = torch.empty_like(pixel_values[: len(replaced)])
     on_device = sources.to(pixel_values.device, non_blocking=True)
     for ((y, bottom), (x, right)), images in zip(halves, on_device.unbind(1), strict=True):
         drawn = F.adaptive_avg_pool2d(pixel_values.index_select(0, images), (bottom - y, right - x))
         mosaics[..., y:bottom, x:right] = drawn
-    images = pixel_values.index_copy(0, replaced.to(pixel_values.device, non_blocking=True), mosaics)
+    images = pixel_values.clone().index_copy_(0, replaced.to(pixel_values.device, non_blocking=True), mosaics)
 
     # left, top, width and height of each place, in mosaic sides
     places = torch.tensor([[x / width, y / height, (r - x) / width, (b - y) / height] for (y, b), (x, r) in halves])
@@ -78,7 +80,11 @@ def _check(pixel_values: Tensor, labels: Sequence[Mapping[str, Any]], share: flo
         raise ValueError(f"{len(labels)} labels for {len(pixel_values)} images")
     if min(pixel_values.shape[-2:]) < 2:
         raise ValueError(f"images of {tuple(pixel_values.shape[-2:])} pixels have no halves")
+    if not pixel_values.is_floating_point():
+        raise ValueError(f"images of {pixel_values.dtype}: make mosaics of them when they are scaled and normalised")
     for image, target in enumerate(labels):
+        if "boxes" not in target:
+            raise ValueError(f"labels of image {image} hold no boxes, but {', '.join(target)}")
         if unknown := sorted(target.keys() - {*PER_TRUTH, *PER_IMAGE}):
             raise ValueError(f"labels of image {image} hold {', '.join(unknown)}, which no mosaic can be made of")
         if target.keys() != labels[0].keys():

@@ -63,14 +63,17 @@ class AdapterWithCriterion(Protocol):
         :meth:`Adapter.detach` to undo. Raise :class:`UnsupportedModelError` on one that cannot, and change nothing."""
 
 
+Arguments = tuple[tuple[Any, ...], Mapping[str, Any]]
+"""Of a call, by position and by name."""
+
+
 @runtime_checkable
 class AdapterOfLearners(Protocol):
     """What an adapter has besides, whose models can have a teacher (:func:`~dfine_plugin.learn_from`)."""
 
-    def without_truths(
-        self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-        """A training forward's arguments as a model of this kind takes them in evaluation."""
+    def without_truths(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Arguments]:
+        """A training forward's arguments as a model of this kind takes them in evaluation: for all images at once, or
+        for parts of them in their order, where these would disturb one another."""
 
 
 _BUILT_IN = {

@@ -1,7 +1,7 @@
 """Localisation distillation (arXiv 2102.12252): an external teacher's distributions are part of FGL's targets."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .boxes import aligned_iou, at_least_float32, to_corners, two_bins
 from .errors import UnsupportedModelError, WrapStateError
 from .record import FDRRecord
-from .registry import AdapterOfLearners
+from .registry import AdapterOfLearners, Arguments
 from .wrapping import keep_records, wrapped_binding
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -23,7 +23,8 @@ def learn_from(model: Model, teacher: nn.Module | None, share: float = 0.5) -> M
     its distributions, seen from the learner's initial boxes and in the learner's bins, have this share, times that
     overlap, of FGL's targets, and the true edge's two bins have the rest: of every layer, and of denoising queries.
     What the true edge alone does not say is how sure one can be of it. The teacher may be of any host, and of other
-    bins, that takes what this one takes: larger, trained for longer, or both.
+    bins, that takes what this one takes: larger, trained for longer, or both. It sees what the model is called with:
+    what hooks of yours make of that before the model's forward, it does not.
 
     The model holds no more of its teacher than a reference: its parameters and its state dict have nothing of it, and
     copies and pickles have no teacher. After loading, give it one again.
@@ -96,12 +97,22 @@ def project_distributions(probabilities: Tensor, edges: Tensor, initial_boxes: T
     return projected.scatter_add_(-1, left_bin + 1, probabilities * right_weight)
 
 
-@dataclass
 class Lesson:
-    """What a teacher says of a batch: the record of its forward, and its share in FGL's targets."""
+    """What a teacher says of a batch, and its share in FGL's targets; it is asked when somebody first wants to know.
 
-    record: FDRRecord
-    share: float
+    Args:
+        ask: gives the record of the teacher's forward.
+        share: in ``[0, 1]``.
+    """
+
+    def __init__(self, ask: Callable[[], FDRRecord], share: float) -> None:
+        self._ask = ask
+        self.share = share
+
+    @cached_property
+    def record(self) -> FDRRecord:
+        """Of the teacher's forward: its last layer's boxes and distributions."""
+        return self._ask().last(1)
 
     @torch.no_grad()
     def of_pairs(self, images: Tensor, truths: Tensor, initial_boxes: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,17 +151,36 @@ class Teacher:
     def __reduce__(self) -> tuple[Any, tuple[()]]:
         return _nobody, ()
 
+    def lesson(self, parts: Sequence[Arguments], device: torch.device) -> Lesson:
+        """What it says of a batch, of these parts one after the other, on this device."""
+        return Lesson(partial(self._answer, parts, device), self.share)
+
     @torch.compiler.disable
     @torch.no_grad()
-    def lesson(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], device: torch.device) -> Lesson:
-        """What it says of the images of a forward, which takes these arguments in evaluation, on this device."""
+    def _answer(self, parts: Sequence[Arguments], device: torch.device) -> FDRRecord:
+        parameter = next(self.model.parameters())
+        if parameter.device != device:
+            self.model.to(device)
         if self.model.training:
             self.model.eval()
-        if next(self.model.parameters()).device != device:
-            self.model.to(device)
         with keep_records(self.model) as records:
-            self.model(*args, **kwargs)
-        return Lesson(records[0].last(1), self.share)
+            for args, kwargs in parts:
+                given = {key: _in_dtype(value, parameter.dtype) for key, value in kwargs.items()}
+                self.model(*(_in_dtype(value, parameter.dtype) for value in args), **given)
+        if len(records) == 1:
+            return records[0]
+        last = [record.last(1) for record in records]
+        return FDRRecord(
+            weights=last[0].weights,
+            initial_boxes=torch.cat([record.initial_boxes for record in last]),
+            corner_logits=[torch.cat([record.corner_logits[0] for record in last])],
+            boxes=[torch.cat([record.boxes[0] for record in last])],
+        )
+
+
+def _in_dtype(value: Any, dtype: torch.dtype) -> Any:
+    """Numbers as the teacher's weights are; all else as it is."""
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def _nobody() -> None:

@@ -270,6 +270,7 @@ def _freeze_host(model: nn.Module, adapter: Adapter) -> list[str]:
 
 def _begin_forward(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     # First of all hooks, and the scope before the checks: _end_forward runs, and closes it, whatever raises after this.
+    forget_held()
     scope = open_scope(frames_up=1)
     binding = binding_of(model)
     assert binding is not None
@@ -280,8 +281,8 @@ def _begin_forward(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
                 module.eval()
     binding.adapter.begin(model, args, kwargs)
     if binding.teacher is not None and model.training:
-        given = binding.adapter.without_truths(model, args, kwargs)  # type: ignore[attr-defined]
-        scope.lesson = binding.teacher.lesson(*given, next(model.parameters()).device)
+        parts = binding.adapter.without_truths(model, args, kwargs)  # type: ignore[attr-defined]
+        scope.lesson = binding.teacher.lesson(parts, next(model.parameters()).device)
 
 
 def _end_forward(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:

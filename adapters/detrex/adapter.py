@@ -10,6 +10,7 @@ from dfine_plugin.config import FDRConfig
 from dfine_plugin.errors import UnsupportedModelError
 from dfine_plugin.head import FDRHead
 from dfine_plugin.record import current_scope
+from dfine_plugin.registry import Arguments
 from dfine_plugin.validation import check_targets
 from dfine_plugin.wrapping import binding_of
 
@@ -132,11 +133,13 @@ class DetrexAdapter:
         """Parameters that the host leaves without a gradient where a batch holds no truth."""
         return []
 
-    def without_truths(
-        self, model: Host, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-        """See :class:`~dfine_plugin.registry.AdapterOfLearners`."""
-        return args, kwargs  # in evaluation a host does not look at them
+    def without_truths(self, model: Host, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Arguments]:
+        """See :class:`~dfine_plugin.registry.AdapterOfLearners`. In evaluation hosts do not look at truths, nor most of
+        them at where images are padded."""
+        (batched_inputs,) = (*args, *kwargs.values())
+        if len({inputs["image"].shape for inputs in batched_inputs}) == 1:
+            return [((batched_inputs,), {})]
+        return [(([inputs],), {}) for inputs in batched_inputs]
 
     def host_boxes(self, model: Host, layer: int, hidden_states: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
         """See :class:`~dfine_plugin.registry.Adapter`."""

@@ -15,7 +15,7 @@ from dfine_plugin.config import FDRConfig
 from dfine_plugin.errors import UnsupportedModelError
 from dfine_plugin.head import FDRHead
 from dfine_plugin.record import current_scope
-from dfine_plugin.registry import register_adapter
+from dfine_plugin.registry import Arguments, register_adapter
 from dfine_plugin.validation import check_targets
 from dfine_plugin.wrapping import binding_of
 
@@ -137,12 +137,10 @@ class DeformableDetrAdapter:
         if isinstance(model, DINO) and not any(len(target["labels"]) for target in targets):
             current_scope().idle.append(model.dn_query_generator.label_embedding.weight)
 
-    def without_truths(
-        self, model: Host, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    def without_truths(self, model: Host, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Arguments]:
         """See :class:`~dfine_plugin.registry.AdapterOfLearners`."""
         given = inspect.signature(type(model).forward).bind(model, *args, **kwargs).arguments
-        return (given["inputs"], given["data_samples"], "tensor"), {}
+        return [((given["inputs"], given["data_samples"], "tensor"), {})]
 
     def host_boxes(self, model: Host, layer: int, hidden_states: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
         """See :class:`~dfine_plugin.registry.Adapter`."""

@@ -12,6 +12,7 @@ from dfine_plugin.config import FDRConfig
 from dfine_plugin.errors import UnsupportedModelError, WrapStateError
 from dfine_plugin.head import FDRHead
 from dfine_plugin.record import closes_on_interrupt, current_record
+from dfine_plugin.registry import Arguments
 from dfine_plugin.validation import check_targets
 from dfine_plugin.wrapping import binding_of
 
@@ -155,7 +156,7 @@ class TransformersAdapter:
 
     def begin(self, model: Host, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[dict[str, Tensor]] | None:
         """See :class:`~dfine_plugin.registry.Adapter`. Returns the labels among the arguments."""
-        given = inspect.signature(type(model).forward).bind(model, *args, **kwargs).arguments
+        given = _by_name(model, args, kwargs)
         labels, pixels = given.get("labels"), given.get("pixel_values")
         if labels is not None:
             if model.training:
@@ -163,13 +164,9 @@ class TransformersAdapter:
             _check_targets(labels, self.num_classes(model, given), "class_labels", "boxes", images=pixels)
         return labels
 
-    def without_truths(
-        self, model: Host, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    def without_truths(self, model: Host, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Arguments]:
         """See :class:`~dfine_plugin.registry.AdapterOfLearners`."""
-        given = inspect.signature(type(model).forward).bind(model, *args, **kwargs)
-        given.arguments.pop("labels", None)
-        return given.args[1:], given.kwargs
+        return [((), {key: value for key, value in _by_name(model, args, kwargs).items() if key != "labels"})]
 
     def num_classes(self, model: Host, given: Mapping[str, Any]) -> int | Tensor:
         """How many classes labels may name, by the arguments of a forward; ``(B,)`` where it depends on the image."""
@@ -195,6 +192,15 @@ class TransformersDetector(nn.Module):
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         outputs = self.model(pixel_values)
         return outputs.logits, outputs.pred_boxes
+
+
+def _by_name(model: Host, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """All arguments of a forward by their names, those of no name of their own among them."""
+    signature = inspect.signature(type(model).forward)
+    given = signature.bind(None, *args, **kwargs).arguments
+    del given[next(iter(signature.parameters))]  # the model
+    others = (name for name, one in signature.parameters.items() if one.kind is one.VAR_KEYWORD)
+    return {**given, **given.pop(next(others, ""), {})}
 
 
 def check_box_heads_are_shared(model: Host) -> None:

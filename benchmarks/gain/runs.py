@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,6 +14,9 @@ from dfine_plugin.benchmarks.gain.variants import is_taught
 from dfine_plugin.benchmarks.models.hosts import WIDTH
 from dfine_plugin.benchmarks.reporting import Result, write_json
 from dfine_plugin.tools.writing import written_whole
+
+ADDED_LATER = ("width", "mosaics", "teacher")
+"""Settings that the digests of earlier runs do not have."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,13 @@ class RunSettings:
 
     def digest(self) -> str:
         """What tells any two settings apart in :meth:`key`."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:10]
+        own = {field.name: field for field in fields(self)}
+        told = {
+            name: value
+            for name, value in asdict(self).items()
+            if name not in ADDED_LATER or value != own[name].default  # as when there was no choice
+        }
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:10]
 
     def evaluation_steps(self) -> list[int]:
         """The steps after which the model is evaluated, ascending, the last one included."""
@@ -122,9 +132,20 @@ def save_model(folder: Path, settings: RunSettings, model: Any) -> None:
     """Keep a run's model as the folder that transformers' `save_pretrained` writes, preprocessing included."""
     from transformers import RTDetrImageProcessor
 
-    # Whatever the host: squares, scaled as detection_data.normalise does.
-    size = {"height": settings.image_size, "width": settings.image_size}
-    processor = RTDetrImageProcessor(size=size, do_normalize=True, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    # squares, scaled as detection_data.normalise does, or as the host was trained with that goes on
+    own: Mapping[str, Any] = {"scale": 1 / 255, "mean": [0.5] * 3, "std": [0.5] * 3}
+    if isinstance(settings, RetrofitSettings):
+        from dfine_plugin.benchmarks.trained_hosts import find_trained
+        from dfine_plugin.checkpoints import open_checkpoint
+
+        own = open_checkpoint(find_trained(settings.trained)).normalisation()
+    processor = RTDetrImageProcessor(
+        size={"height": settings.image_size, "width": settings.image_size},
+        rescale_factor=own["scale"],
+        do_normalize=True,
+        image_mean=own["mean"],
+        image_std=own["std"],
+    )
     with written_whole(folder / settings.key()) as part:
         model.save_pretrained(part)
         processor.save_pretrained(part)

@@ -34,7 +34,7 @@ from dfine_plugin.benchmarks.models.detrex_hosts import without_cuda_calls
 from dfine_plugin.benchmarks.models.hosts import HOSTS, build_host
 from dfine_plugin.benchmarks.models.matchability import learn_classes_by_mal
 from dfine_plugin.benchmarks.reporting import Result
-from dfine_plugin.benchmarks.trained_hosts import load_trained
+from dfine_plugin.benchmarks.trained_hosts import load_trained, take_benchmarks_images
 
 # Seeds of the embedded data: the same images for every run, and none of them in both splits.
 SHAPES_SEEDS = {"train": 0, "val": 1}
@@ -71,7 +71,9 @@ def build_model(settings: RunSettings, data: DetectionData) -> nn.Module:
         images = data.images[:CALIBRATION_IMAGES].split(settings.batch_size)
         calibrate(model, (normalise(batch) for batch in images), progress=False)
     if settings.teacher:
-        learn_from(getattr(model, "detector", model), load_pretrained(settings.teacher).to(settings.device))
+        teacher = load_pretrained(settings.teacher, dtype=torch.float32)
+        take_benchmarks_images(teacher, Path(settings.teacher))
+        learn_from(model, teacher)
     return model
 
 

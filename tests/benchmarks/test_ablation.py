@@ -29,11 +29,20 @@ from dfine_plugin.benchmarks.gain import training
 from dfine_plugin.benchmarks.gain.ema import make_ema
 from dfine_plugin.benchmarks.gain.evaluation import coco_metrics, detect
 from dfine_plugin.benchmarks.gain.report import markdown
-from dfine_plugin.benchmarks.gain.runs import RunSettings, code_digest, find_model, load_run, save_model, save_run
+from dfine_plugin.benchmarks.gain.runs import (
+    RetrofitSettings,
+    RunSettings,
+    code_digest,
+    find_model,
+    load_run,
+    save_model,
+    save_run,
+)
 from dfine_plugin.benchmarks.gain.training import build_model, load_data
 from dfine_plugin.benchmarks.gain.variants import fdr_settings, parse_variants
 from dfine_plugin.benchmarks.models.detrex_hosts import without_cuda_calls
 from dfine_plugin.benchmarks.models.hosts import HOSTS, build_host
+from dfine_plugin.benchmarks.trained_hosts import TRAINED
 
 APP = Typer()
 APP.command()(main)
@@ -161,8 +170,14 @@ def test_a_rate_that_does_not_train_bounds_the_grid(monkeypatch: pytest.MonkeyPa
         (["--image-size=161"], "this host cannot take images of 161 x 161"),
         (["--data=nowhere"], "there is no nowhere/instances_train.json and no nowhere/instances_val.json"),
         (["--device=gpu"], "'gpu' is neither cpu nor cuda"),
-        (["--width=72"], "72 is no multiple of 16"),
+        (["--width=72"], "72 is no multiple of 32"),
         (["--host=detrex/dino", "--width=128"], "128 is not for detrex/dino, whose config has the width"),
+        (["--variants=baseline taught"], "the row taught learns from one"),
+        ([f"--teacher={TRAINED / 'rt-detr'}"], "no row learns from one, as 'taught' does"),
+        (["--variants=taught", f"--teacher={TRAINED / 'rt-detr'}"], "rt-detr is not wrapped: its boxes come from no"),
+        (["--variants=taught", f"--teacher={TRAINED}"], "has no config.json that can be read"),
+        (["--variants=taught:fgl_weight=0", f"--teacher={TRAINED}"], "fgl_weight is 0, and FGL is what a teacher"),
+        (["--host=detrex/dino", "--variants=taught", f"--teacher={TRAINED}"], "detrex/dino takes other inputs than"),
         (["--class-loss=focal"], "'focal' is neither host nor mal"),
         (["--host=grounding-dino", "--class-loss=mal"], "no baseline grounding-dino learns its classes by MAL"),
         (["--host=mmdet/dino", "--class-loss=mal"], "no baseline mmdet/dino learns its classes by MAL"),
@@ -173,6 +188,14 @@ def test_what_is_wrong_is_told_before_any_training(arguments: list[str], said: s
     assert result.exit_code == 2
     assert said in result.output
     assert not list(tmp_path.iterdir())
+
+
+def test_runs_of_before_a_setting_was_added_are_found() -> None:
+    assert SETTINGS.digest() == "c1ecb581bf"
+    retrofit = RetrofitSettings("rt_detr", "calibrated", 0, "shapes", 96, 1000, 16, 4e-3, trained="rt-detr")
+    assert retrofit.digest() == "eb48e9f8b0"
+    for change in ({"width": 128}, {"mosaics": 0.5}, {"teacher": "wrapped"}):
+        assert replace(SETTINGS, **change).digest() != SETTINGS.digest()
 
 
 def test_only_the_very_same_settings_are_the_same_run(tmp_path: Path) -> None:

@@ -59,6 +59,12 @@ def test_a_row_against_one_of_another_report() -> None:
     assert code == 0, output
     assert cells(output, "AP, step 3000")[2] == written_out(of(MAL, "default"), of(FOCAL, "baseline"))
     assert cells(output, "AP90, step 3000")[2] == "+10.80 ± 2.95"  # as the page of results has it
+    assert cells(output, "AP with the best boxes that the bins allow")[1:] == ["-", "-"]
+    assert output.endswith("These runs were made with different states of the plugin's code.\n")
+    by_mal = RESULTS / "retrofit-deformable-detr-mal" / "retrofit.json"
+    code, output = run(by_mal, "calibrated", "calibrated", "--against", RETROFIT)
+    assert code == 0, output  # whose host is spelt in another way
+    assert cells(output, "AP, step 1000")[2].startswith("+3.7")
 
 
 def test_seeds_can_be_chosen() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,17 @@ import torch
 from typer import Typer
 from typer.testing import CliRunner
 
-from dfine_plugin import calibrate, is_wrapped, wrap_decoder
+from dfine_plugin import calibrate, is_wrapped, learn_from, wrap_decoder
 from dfine_plugin.benchmarks import retrofit
 from dfine_plugin.benchmarks.data.detection_data import TrainingView, collate, normalise
 from dfine_plugin.benchmarks.gain.evaluation import coco_metrics, detect
-from dfine_plugin.benchmarks.gain.runs import RetrofitSettings
+from dfine_plugin.benchmarks.gain.runs import RetrofitSettings, save_model
 from dfine_plugin.benchmarks.gain.training import build_model, load_data
 from dfine_plugin.benchmarks.gain.variants import fdr_settings, is_calibrated, parse_variants
 from dfine_plugin.benchmarks.models.hosts import build_host
 from dfine_plugin.benchmarks.trained_hosts import STEPS, TRAINED, facts, load_trained
+from dfine_plugin.checkpoints import open_checkpoint
+from dfine_plugin.wrapping import binding_of
 
 from ..adapters.detrex_hosts import missing
 
@@ -135,6 +138,49 @@ def test_a_host_takes_images_as_it_was_trained_with_them(tmp_path: Path) -> None
         for channel in range(3):
             expected = ((pixels[:, channel] + 1) / 2 - mean[channel]) / deviation[channel]
             torch.testing.assert_close(taken[:, channel], expected)
+
+
+def test_a_teacher_and_kept_models_take_images_as_they_were_trained_with_them(tmp_path: Path) -> None:
+    mean, deviation = [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]
+    preprocessing = {
+        "do_normalize": True,
+        "image_mean": mean,
+        "image_std": deviation,
+        "image_processor_type": "RTDetrImageProcessor",
+    }
+    for name, model in {"host": load_trained("rt-detr"), "teacher": wrap_decoder(load_trained("rt-detr"))}.items():
+        model.save_pretrained(tmp_path / name)  # type: ignore[operator]
+        (tmp_path / name / "preprocessor_config.json").write_text(json.dumps(preprocessing))
+    train = load_data("shapes", "train", 96, 4)
+    settings = RetrofitSettings(
+        "rt_detr",
+        "taught",
+        0,
+        "shapes",
+        96,
+        1,
+        4,
+        1e-3,
+        trained=str(tmp_path / "host"),
+        teacher=str(tmp_path / "teacher"),
+    )
+    model: Any = build_model(replace(settings, variant="wrapped"), train).train()
+    teacher: Any = binding_of(build_model(replace(settings, variant="wrapped"), train)).teacher.model
+    seen: list[torch.Tensor] = []
+    for one in (model, teacher):
+        one.model.backbone.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    learn_from(model, teacher)
+    view = TrainingView(train, flip=False, seed=0)
+    model(**collate([view[i] for i in range(4)]))
+    learner_saw, teacher_saw = seen
+    expected = (train.images / 255 - torch.tensor(mean)[:, None, None]) / torch.tensor(deviation)[:, None, None]
+    for pixels in (learner_saw, teacher_saw):
+        torch.testing.assert_close(pixels.contiguous(), expected, atol=1e-5, rtol=1e-5)
+
+    save_model(tmp_path / "models", settings, model)
+    (kept,) = (tmp_path / "models").iterdir()
+    found = open_checkpoint(kept).normalisation()
+    assert (found["mean"], found["std"], found["scale"]) == (mean, deviation, pytest.approx(1 / 255))
 
 
 def test_rows_of_the_retrofit_and_of_the_ablation_are_told_apart() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import threading
+import weakref
 
 import pytest
 import torch
@@ -65,9 +67,25 @@ def test_copies_have_gates_of_their_own_and_names_lie_with_the_gate_alone() -> N
     names = {"before.weight", "before.bias", "behind.weight", "behind.bias"}
     assert {name for name in norms.state_dict() if not name.startswith("fdr.")} == names
     for twin in (copy.deepcopy(norms), pickle.loads(pickle.dumps(norms))):
-        assert twin["behind"].decoder is twin
+        assert twin["behind"].decoder_of() is twin
         assert twin.fdr.gates[0] is not gate
         assert torch.equal(run(twin), run(norms))
+
+
+def test_a_copied_norm_alone_has_the_gates_that_it_had() -> None:
+    norms, _ = layer()
+    assert copy.deepcopy(norms["behind"]).decoder_of() is norms
+
+
+def test_gates_keep_no_model_alive() -> None:
+    norms, _ = layer()
+    decoder = weakref.ref(norms)
+    gc.disable()
+    try:
+        del norms
+        assert decoder() is None
+    finally:
+        gc.enable()
 
 
 def test_threads_do_not_see_each_others_queries() -> None:

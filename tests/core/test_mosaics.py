@@ -136,6 +136,15 @@ def test_small_batches_repeat_their_images(count: int) -> None:
         assert sources == {i for i in range(count) if len(labels[i]["boxes"])}
 
 
+def test_images_keep_their_type_and_their_order_in_memory() -> None:
+    pixels, labels = batch(4)
+    for dtype in (torch.float32, torch.bfloat16):
+        given = pixels.to(dtype, memory_format=torch.channels_last)
+        drawn, _ = make_mosaics(given, labels, 1.0)
+        assert drawn.dtype == dtype
+        assert drawn.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_images_without_truths_make_mosaics_without() -> None:
     pixels = torch.rand(4, 3, 8, 8)
     labels = [{"boxes": torch.zeros(0), "class_labels": torch.zeros(0, dtype=torch.int64)} for _ in range(4)]
@@ -150,6 +159,8 @@ def test_images_without_truths_make_mosaics_without() -> None:
         ({"share": 1.5}, "share must be a probability, in .0, 1., got 1.5"),
         ({"share": float("nan")}, "share must be a probability"),
         ({"labels": []}, "0 labels for 4 images"),
+        ({"pixel_values": torch.zeros(4, 3, 8, 8, dtype=torch.uint8)}, "images of torch.uint8: make mosaics of them"),
+        ({"labels": [{"class_labels": torch.zeros(0)}] * 4}, "labels of image 0 hold no boxes, but class_labels"),
         ({"pixel_values": torch.rand(4, 3, 1, 8)}, "images of .1, 8. pixels have no halves"),
     ],
 )

@@ -104,7 +104,7 @@ def records(seed: int) -> tuple[FDRRecord, FDRRecord, FlatPairs]:
 @given(seeds, st.sampled_from([0.0, 0.3, 1.0]))
 def test_fgl_with_a_teacher_is_the_one_of_the_loop(seed: int, share: float) -> None:
     record, teacher, pairs = records(seed)
-    record.lesson = Lesson(teacher, share)
+    record.lesson = Lesson(lambda: teacher, share)
     found, _ = distribution_losses(record, random(seed + 20, 2, 6, 3), [pairs, pairs], 3.0, FDRConfig())
     expected = []
     for logits, boxes in zip(record.corner_logits, record.boxes, strict=True):
@@ -147,7 +147,8 @@ def test_a_learner_that_says_what_its_teacher_says_has_nothing_to_learn_of_it() 
     logits = random(1, 1, 3, 4, 9).requires_grad_()
     boxes = decode_boxes(frame, logits, weights).detach()
     record = FDRRecord(weights, frame, corner_logits=[logits], boxes=[boxes])
-    record.lesson = Lesson(FDRRecord(weights, frame, corner_logits=[logits.detach()], boxes=[boxes]), 1.0)
+    teacher = FDRRecord(weights, frame, corner_logits=[logits.detach()], boxes=[boxes])
+    record.lesson = Lesson(lambda: teacher, 1.0)
     pairs = FlatPairs(torch.zeros(3, dtype=torch.int64), torch.arange(3), torch.arange(3), boxes[0])
     (found,), _ = distribution_losses(record, random(2, 1, 3, 2), [pairs], 3.0, FDRConfig())
     entropy = -(logits.softmax(-1) * logits.log_softmax(-1)).sum()
@@ -158,7 +159,7 @@ def test_a_learner_that_says_what_its_teacher_says_has_nothing_to_learn_of_it() 
 
 def test_no_pairs_no_loss_and_a_gradient_of_zeros() -> None:
     record, teacher, _ = records(0)
-    record.lesson = Lesson(teacher, 0.5)
+    record.lesson = Lesson(lambda: teacher, 0.5)
     empty = torch.zeros(0, dtype=torch.int64)
     pairs = FlatPairs(empty, empty, empty, torch.zeros(0, 4, dtype=torch.float64))
     found, _ = distribution_losses(record, random(1, 2, 6, 3), [pairs, pairs], 1.0, FDRConfig())
