@@ -225,11 +225,11 @@ class FDRHead(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, *args):
         # absent in version 0.1.0, whose state dicts load strictly, too
         state_dict.setdefault(f"{prefix}_extra_state", self.get_extra_state())
-        held, gated = (any(key.startswith(f"{prefix}{part}.") for key in state_dict) for part in ("refine", "gates"))
-        if held and gated != bool(len(self.gates)):
+        # nothing to tell the other way round: a part of a state dict has no gates either, and fresh ones change nothing
+        if not len(self.gates) and any(key.startswith(f"{prefix}gates.") for key in state_dict):
             raise SettingsMismatchError(
-                f"the state dict's weights come from a model with target_gating {gated} (this model: {not gated}), and "
-                "its decoder layers compute something else; wrap the model with that setting"
+                "the state dict's weights come from a model with target_gating True (this model: False), whose decoder "
+                "layers compute something else; wrap the model with that setting"
             )
         super()._load_from_state_dict(state_dict, prefix, *args)
         if self.weights.is_meta:  # no state dict holds it

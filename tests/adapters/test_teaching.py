@@ -156,6 +156,10 @@ def test_a_teacher_that_is_not_finite_is_named(host: Host) -> None:
         fdr: Any = host.fdr(teacher)
         fdr.refine[-1][-1].bias.fill_(float("nan"))
     learn_from(model, teacher)
+    if host.name.startswith("detrex"):  # which looks at the teacher's boxes itself
+        with pytest.raises(AssertionError, match="Box tensor contains infinite or NaN"):
+            losses(host, model)
+        return
     with pytest.raises(NonFiniteError, match="corner logits of the teacher"):
         losses(host, model)
 

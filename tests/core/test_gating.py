@@ -115,14 +115,19 @@ def test_what_a_forward_leaves_that_was_cut_short_is_dropped() -> None:
         norms["behind"](torch.ones(2, 8))
 
 
-def test_state_dicts_with_and_without_gates_are_told_apart() -> None:
+def test_a_state_dict_with_gates_is_refused_without_and_fresh_gates_go_with_any() -> None:
     bare, gated = (FDRHead(8, 2, FDRConfig(target_gating=gating)) for gating in (False, True))
     assert len(gated.gates) == 2
     assert not len(bare.gates)
     gated.load_state_dict(FDRHead(8, 2, FDRConfig(target_gating=True)).state_dict())
-    for head, other in ((bare, gated), (gated, bare)):
-        with pytest.raises(SettingsMismatchError, match="target_gating"):
-            head.load_state_dict(other.state_dict(), strict=False)
+    for strict in (True, False):
+        with pytest.raises(SettingsMismatchError, match=r"target_gating True \(this model: False\)"):
+            bare.load_state_dict(gated.state_dict(), strict=strict)
+    missing, unexpected = gated.load_state_dict(bare.state_dict(), strict=False)
+    assert all(name.startswith("gates.") for name in missing)
+    assert not unexpected
+    with pytest.raises(RuntimeError, match=r"Missing key.*gates\.0\.linear\.weight"):
+        gated.load_state_dict(bare.state_dict())
     gated.keep_layers(1)
     assert len(gated.gates) == 1
 
