@@ -231,8 +231,11 @@ class GroundingDinoAdapter(hf.TransformersAdapter):
         heads = [first, *(refining_heads.RefiningBoxHead() for _ in range(1, num_layers))]
         recomputed_boxes.replace_heads(model, self.decoder, num_layers, heads, retired, self.recorded_class_head)
 
-    def num_classes(self, model: host_parts.Host, given: Mapping[str, Any]) -> Tensor:
-        return count_phrases(given["input_ids"])
+    def num_classes(self, model: host_parts.Host, given: Mapping[str, Any]) -> int | Tensor:
+        text = given.get("input_ids")
+        if text is None:  # the model's own, which a subclass adds
+            return super().num_classes(model, given)
+        return count_phrases(text)
 
     def deploy(self, model: host_parts.Host) -> None:
         super().deploy(model)

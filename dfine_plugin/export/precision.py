@@ -22,6 +22,9 @@ _MOVES = {
 # Inputs that ONNX wants in float32 whatever the others are: sizes and scales.
 _FLOAT32_INPUTS = {"Resize": (1, 2)}
 
+# How a trace names the FDR head where it first meets it at a layer's gates, by the way from its norm to the decoder.
+_GATED = re.compile(r"\.layers\.\d+(\.\w+)+\.decoder_of\.reference\(\)")
+
 
 def to_precision(
     model: ir.Model, precision: str, decoder: str, keep_float32: Iterable[str] = (), simulate: bool = False
@@ -55,7 +58,7 @@ def module_of(node: ir.Node) -> str:
     """The dotted name of the module whose forward computes this node."""
     scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
     # the last is the operation itself
-    return scopes[-2] if len(scopes) > 1 else ""
+    return _GATED.sub("", scopes[-2]) if len(scopes) > 1 else ""
 
 
 class _Typing:
