@@ -30,18 +30,22 @@ from .transformers_hosts import HOSTS, TextHost
 def teacher_of(host: Host, num_bins: int = 16) -> nn.Module:
     """Of the same kind, with other weights and in other bins."""
     teacher = wrap_decoder(build(host, seed=4), host.config(num_bins=num_bins))
-    randomise_fdr(host, teacher, seed=10)
+    randomise_fdr(host, teacher, seed=10, scale=0.1)  # whose boxes have not shrunk to lines
     return teacher
 
 
 def losses(host: Host, model: nn.Module, counts: tuple[int, ...] = (2, 3)) -> tuple[Tensor, dict[str, Tensor]]:
-    """Of a training step with the same random numbers each time, and averages of batch norms that stay."""
+    """Of a training step with the same random numbers each time, and averages of batch norms that stay. The first truth
+    of an image is nearly all of it, which whatever a teacher says overlaps."""
     model.train()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eval()
+    truths = labels(counts)
+    for target in truths:
+        target["boxes"][:1] = torch.tensor([0.5, 0.5, 0.96, 0.96])
     torch.manual_seed(11)
-    return host.losses(model, images(len(counts)), labels(counts))
+    return host.losses(model, images(len(counts)), truths)
 
 
 def test_fgl_alone_hears_of_the_teacher(host: Host) -> None:
