@@ -7,6 +7,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers.modeling_outputs import BaseModelOutput
@@ -93,7 +94,8 @@ def class_logits(logits: Tensor, shares: Tensor) -> Tensor:
         shares: ``(T, K)``: :func:`token_shares` of one text.
     """
     logits, shares = logits[..., : len(shares)], shares.to(logits.dtype)
-    present, absent = (x.sigmoid() @ shares for x in (logits, -logits))
+    # sigmoid(x), whose small values runtimes of graphs give to some 1e-8 alone
+    present, absent = (F.softplus(-x).neg().exp() @ shares for x in (logits, -logits))
     return present.clamp(min=LEAST_PROBABILITY).log() - absent.clamp(min=LEAST_PROBABILITY).log()
 
 
