@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from dfine_plugin.benchmarks.gain.paired import paired_difference
-from dfine_plugin.benchmarks.gain.report import DIAGNOSIS, METRICS, variants_of
+from dfine_plugin.benchmarks.gain.report import DIAGNOSIS, METRICS, states_of_code, variants_of
 from dfine_plugin.benchmarks.gain.runs import RetrofitSettings
 from dfine_plugin.benchmarks.reporting import NONE, Result, table_header, table_row
 
@@ -92,8 +92,7 @@ def markdown(rows: dict[int, Result], others: dict[int, Result]) -> str:
         row, other = ({seed: of[seed][name] for seed in seeds if name in of[seed]} for of in (ours, theirs))
         means = (f"{fmean(by_seed.values()):.2f}" if by_seed else NONE for by_seed in (row, other))
         lines.append(table_row([name, *means, str(paired_difference(row, other) or NONE)]))
-    if len({found[seed]["code"] for found in (rows, others) for seed in seeds}) > 1:
-        lines += ["", "These runs were made with different states of the plugin's code."]
+    lines += states_of_code([found[seed] for found in (rows, others) for seed in seeds])
     return "\n".join(lines)
 
 

@@ -79,28 +79,27 @@ TeacherOption = Annotated[
 
 def check_teacher(teacher: Path | None, rows: Sequence[str], host: str) -> None:
     """Refuse rows that learn from a teacher without one, a teacher without such rows, and one that cannot teach."""
-    taught = [row for row in rows if is_taught(row)]
-    wrong = None
-    if teacher is None:
-        wrong = f"the row {taught[0]} learns from one" if taught else None
-    elif not taught:
-        wrong = "no row learns from one, as 'taught' does"
-    elif "/" in host:
-        wrong = f"{host} takes other inputs than a model in such a folder"
-    elif any((fdr_settings(row) or {}).get("fgl_weight") == 0 for row in taught):
-        wrong = "fgl_weight is 0, and FGL is what a teacher would take part in"
-    else:
-        try:
-            own = json.loads((teacher / "config.json").read_text()).get("dfine_plugin")
-        except (OSError, ValueError, AttributeError):
-            wrong = f"{teacher} has no config.json that can be read: give a folder that save_pretrained wrote"
-        else:
-            if own is None:
-                wrong = f"{teacher} is not wrapped: its boxes come from no distributions"
-            elif own.get("deployed"):
-                wrong = f"{teacher} is deployed, and keeps no record of its distributions"
+    wrong = _wrong_with_teacher(teacher, [row for row in rows if is_taught(row)], host)
     if wrong:
         raise typer.BadParameter(wrong, param_hint="--teacher")
+
+
+def _wrong_with_teacher(teacher: Path | None, taught: Sequence[str], host: str) -> str | None:
+    if teacher is None:
+        return f"the row {taught[0]} learns from one" if taught else None
+    if not taught:
+        return "no row learns from one, as 'taught' does"
+    if "/" in host:
+        return f"{host} takes other inputs than a model in such a folder"
+    if any((fdr_settings(row) or {}).get("fgl_weight") == 0 for row in taught):
+        return "fgl_weight is 0, and FGL is what a teacher would take part in"
+    try:
+        own = json.loads((teacher / "config.json").read_text()).get("dfine_plugin")
+    except (OSError, ValueError, AttributeError):
+        return f"{teacher} has no config.json that can be read: give a folder that save_pretrained wrote"
+    if own is None:
+        return f"{teacher} is not wrapped: its boxes come from no distributions"
+    return f"{teacher} is deployed, and keeps no record of its distributions" if own.get("deployed") else None
 
 
 def find_device(name: str) -> torch.device:

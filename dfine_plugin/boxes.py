@@ -96,7 +96,7 @@ def two_bins(phi: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`encode_boxes` for the offsets themselves, of any shape."""
     weights = weights.to(phi.dtype)
     phi = phi.clamp(weights[0], weights[-1])
-    left_bin = torch.searchsorted(weights, phi.contiguous(), right=True).sub_(1).clamp_(0, len(weights) - 2)
+    left_bin = torch.searchsorted(weights, phi, right=True).sub_(1).clamp_(0, len(weights) - 2)
     below, above = weights[left_bin], weights[left_bin + 1]
     right_weight = (phi - below) / (above - below)
     return left_bin, 1 - right_weight, right_weight

@@ -46,9 +46,6 @@ class FDRConfig:
             1 is the paper's; schedules too short for the paper's head to leave the initial boxes need more.
         lqe: add a quality estimated from the shape of the distributions to the class logits, as the paper does. Off: no
             difference was measured that would pay for its parameters.
-        target_gating: let each decoder layer learn what a query keeps of itself, and what it takes of the image, as
-            D-FINE's own decoder does (:class:`~dfine_plugin.gating.TargetGate`); at first the host, to the last bit. It
-            is a part of the host's layers, and adds ``4 C^2`` parameters to each, of width C.
         class_loss: ``"host"``, the host's own, or ``"mal"``: DEIM's matchability-aware loss
             (:func:`~dfine_plugin.losses.matchability_aware_loss`) in its place, under its name and with its weight.
         distribution_losses_train: what the gradients of FGL and DDF reach: ``"all"``, the paper's, or ``"head"``: the
@@ -58,6 +55,9 @@ class FDRConfig:
             statistics included.
         box_refinement: consent to wrap a host that does not refine its reference points from layer to layer. FDR
             does, so wrapping such a host changes what its decoder layers attend to.
+        target_gating: let each decoder layer learn what a query keeps of itself, and what it takes of the image, as
+            D-FINE's own decoder does (:class:`~dfine_plugin.gating.TargetGate`); at first the host, to the last bit. It
+            is a part of the host's layers, and adds ``4 C^2`` parameters to each, of width C.
 
     Raises:
         ValueError: at construction, with the bound that was broken.
@@ -74,11 +74,11 @@ class FDRConfig:
     ddf: bool = False
     residual_scale: float = 2.0
     lqe: bool = False
-    target_gating: bool = False
     class_loss: str = "host"
     distribution_losses_train: str = "all"
     trainable: str = "all"
     box_refinement: bool = False
+    target_gating: bool = False
 
     def __post_init__(self) -> None:
         check_bins(self.num_bins, self.a, self.c)

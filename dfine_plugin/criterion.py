@@ -115,16 +115,14 @@ def distribution_losses(
         flat = pairs[layers.start]
         target = flat.boxes.to(frame.dtype)
         frames = frame[flat.images, flat.queries]
-        bins = encode_boxes(frames, target, record.weights)
         boxes = flat.of([layer.detach() for layer in record.boxes[layers]])
         quality = aligned_iou(boxes, target.expand_as(boxes))
         predicted = flat.of(logits[layers])
         if record.lesson is None:
-            of_layers = fgl_of_bins(predicted, *bins, quality, num_boxes)
+            of_layers = fgl_of_bins(predicted, *encode_boxes(frames, target, record.weights), quality, num_boxes)
         else:
-            lesson, share = record.lesson.of_pairs(flat.images, target, frames, record.weights)
-            of_layers = fgl_of_bins(predicted, *bins, quality * (1 - share), num_boxes)
-            of_layers = of_layers + fgl_of_distributions(predicted, lesson, quality * share, num_boxes)
+            lesson = record.lesson.targets(flat.images, target, frames, record.weights)
+            of_layers = fgl_of_distributions(predicted, lesson, quality, num_boxes)
         # copies: hosts weigh them in place, which a part of a stack would pass on to the others
         fgl += [x.clone() for x in of_layers]
         iou += quality.unbind()

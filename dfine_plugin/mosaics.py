@@ -57,18 +57,18 @@ def make_mosaics(
     top, left = height // 2, width // 2
     halves = [(rows, columns) for rows in ((0, top), (top, height)) for columns in ((0, left), (left, width))]
     mosaics = torch.empty_like(pixel_values[: len(replaced)])
-    on_device = sources.to(pixel_values.device, non_blocking=True)
-    for ((y, bottom), (x, right)), images in zip(halves, on_device.unbind(1), strict=True):
-        drawn = F.adaptive_avg_pool2d(pixel_values.index_select(0, images), (bottom - y, right - x))
+    quarters = sources.to(pixel_values.device, non_blocking=True).unbind(1)
+    for ((y, bottom), (x, right)), of_quarter in zip(halves, quarters, strict=True):
+        drawn = F.adaptive_avg_pool2d(pixel_values.index_select(0, of_quarter), (bottom - y, right - x))
         mosaics[..., y:bottom, x:right] = drawn
     images = pixel_values.clone().index_copy_(0, replaced.to(pixel_values.device, non_blocking=True), mosaics)
 
     # left, top, width and height of each place, in mosaic sides
     places = torch.tensor([[x / width, y / height, (r - x) / width, (b - y) / height] for (y, b), (x, r) in halves])
-    on_device = places.to(labels[0]["boxes"].device, non_blocking=True)
+    places = places.to(labels[0]["boxes"].device, non_blocking=True)
     targets = [dict(target) for target in labels]
     for image, four in zip(replaced.tolist(), sources.tolist(), strict=True):
-        parts = [_placed(labels[source], place) for source, place in zip(four, on_device, strict=True)]
+        parts = [_placed(labels[source], place) for source, place in zip(four, places, strict=True)]
         targets[image] |= {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
     return images, targets
 

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .boxes import aligned_iou, at_least_float32, to_corners, two_bins
+from .boxes import aligned_iou, at_least_float32, edge_offsets, two_bins
 from .errors import UnsupportedModelError, WrapStateError
 from .record import FDRRecord
 from .registry import AdapterOfLearners, Arguments
@@ -71,26 +71,21 @@ def learn_from(model: Model, teacher: nn.Module | None, share: float = 0.5) -> M
 
 
 @torch.no_grad()
-def project_distributions(probabilities: Tensor, edges: Tensor, initial_boxes: Tensor, weights: Tensor) -> Tensor:
-    """Distributions over places of edges as distributions over the bins of other boxes.
+def project_distributions(probabilities: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
+    """Distributions over offsets of edges as distributions over the bins of W.
 
-    Each place lies between two bins, as a true edge does (:func:`~dfine_plugin.encode_boxes`), and they share its
-    probability: the expectation stays, but for places beyond the range of W, which go to the end bin.
+    Each offset lies between two bins, as a true edge's does (:func:`~dfine_plugin.encode_boxes`), and they share its
+    probability: the expectation stays, but for offsets beyond the range of W, which go to the end bin.
 
     Args:
-        probabilities: ``(M, 4, J)``, of the places of each edge.
-        edges: ``(M, 4, J)``, these places: x of left and right, y of top and bottom, in image sides.
-        initial_boxes: ``(M, 4)`` cxcywh.
-        weights: ``(K,)`` increasing, the bins' offsets in initial-box sides.
+        probabilities: ``(M, 4, J)``, of the offsets of each edge.
+        offsets: ``(M, 4, J)``, outwards, in sides of the box whose edges they move.
+        weights: ``(K,)`` increasing, the bins' offsets in the same unit.
 
     Returns:
         ``(M, 4, K)``; no gradient.
     """
-    initial_boxes = at_least_float32(initial_boxes)
-    sides = initial_boxes[:, 2:].repeat(1, 2).clamp(min=1e-12)
-    moved = edges.to(initial_boxes.dtype) - to_corners(initial_boxes)[..., None]
-    outwards = torch.cat([-moved[:, :2], moved[:, 2:]], dim=1)
-    left_bin, left_weight, right_weight = two_bins(outwards / sides[..., None], weights)
+    left_bin, left_weight, right_weight = two_bins(offsets, weights)
     probabilities = probabilities.to(left_weight.dtype)
     projected = probabilities.new_zeros(*probabilities.shape[:2], len(weights))
     projected.scatter_add_(-1, left_bin, probabilities * left_weight)
@@ -112,11 +107,13 @@ class Lesson:
     @cached_property
     def record(self) -> FDRRecord:
         """Of the teacher's forward: its last layer's boxes and distributions."""
-        return self._ask().last(1)
+        return self._ask()
 
     @torch.no_grad()
-    def of_pairs(self, images: Tensor, truths: Tensor, initial_boxes: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """What M pairs of queries and truths learn of the teacher: of its query whose box overlaps the truth most.
+    def targets(self, images: Tensor, truths: Tensor, initial_boxes: Tensor, weights: Tensor) -> Tensor:
+        """What M pairs of queries and truths are to learn: the true edges, and what the teacher says of them.
+
+        That is what its query says whose box overlaps the truth most, and it weighs its share times that overlap.
 
         Args:
             images: ``(M,)`` indices.
@@ -125,17 +122,22 @@ class Lesson:
             weights: ``(K,)``, the learner's W.
 
         Returns:
-            The distributions ``(M, 4, K)`` in the learner's frames and bins, and their weights ``(M,)`` in the targets:
-            the teacher's share times the IoU of its box with the truth.
+            ``(M, 4, K)``, distributions in the learner's frames and bins.
         """
         teacher = self.record
         boxes = at_least_float32(teacher.boxes[-1])[images]
         overlap, best = aligned_iou(boxes, truths[:, None].to(boxes.dtype).expand_as(boxes)).max(-1)
-        frames = at_least_float32(teacher.initial_boxes)[images, best]
-        offsets = frames[:, 2:].repeat(1, 2)[..., None] * teacher.weights.to(frames.dtype)
-        edges = to_corners(frames)[..., None] + torch.cat([-offsets[:, :2], offsets[:, 2:]], dim=1)
-        probabilities = at_least_float32(teacher.corner_logits[-1])[images, best].softmax(-1)
-        return project_distributions(probabilities, edges, initial_boxes, weights), self.share * overlap
+        frames = teacher.initial_boxes[images, best]
+        said = at_least_float32(teacher.corner_logits[-1])[images, best].softmax(-1)
+        # outwards from the learner's edges, in its sides: to those of the teacher's frame, and from there to its bins
+        sides = at_least_float32(frames)[:, 2:] / at_least_float32(initial_boxes)[:, 2:].clamp(min=1e-12)
+        bins = sides.repeat(1, 2)[..., None] * teacher.weights.to(sides.dtype)
+        places = edge_offsets(initial_boxes, frames)[..., None] + bins
+        share = (self.share * overlap)[:, None, None]
+        # the true edge is one place more
+        probabilities = torch.cat([(1 - share).expand(-1, 4, 1), share * said], dim=-1)
+        offsets = torch.cat([edge_offsets(initial_boxes, truths)[..., None], places], dim=-1)
+        return project_distributions(probabilities, offsets, weights)
 
 
 class Teacher:
@@ -167,9 +169,9 @@ class Teacher:
             for args, kwargs in parts:
                 given = {key: _in_dtype(value, parameter.dtype) for key, value in kwargs.items()}
                 self.model(*(_in_dtype(value, parameter.dtype) for value in args), **given)
-        if len(records) == 1:
-            return records[0]
         last = [record.last(1) for record in records]
+        if len(last) == 1:
+            return last[0]
         return FDRRecord(
             weights=last[0].weights,
             initial_boxes=torch.cat([record.initial_boxes for record in last]),

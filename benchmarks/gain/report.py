@@ -158,10 +158,16 @@ def markdown(results: Sequence[Result], failures: Sequence[str] = ()) -> str:
     lines += gains_by_depth(results)
     lines += losses_over_baseline(results)
     lines += every_seed(results, failures)
-    if len({r["code"] for r in results}) > 1:
-        lines += ["", "These runs were made with different states of the plugin's code."]
+    lines += states_of_code(results)
     lines += ["", *closing_lines(results), ""]
     return "\n".join(lines)
+
+
+def states_of_code(results: Sequence[Result]) -> list[str]:
+    """What is to be said where runs were not all made with the same code; the lines of Markdown."""
+    if len({r["code"] for r in results}) == 1:
+        return []
+    return ["", "These runs were made with different states of the plugin's code."]
 
 
 def gains_by_class(results: Sequence[Result]) -> list[str]:

@@ -23,11 +23,11 @@ ADDED_LATER = ("width", "mosaics", "teacher")
 class RunSettings:
     """Everything that a run's outcome depends on, besides code and machine. `steps` are optimizer steps.
 
-    `width` is that of a transformer which is trained from scratch.
-    `class_loss` is FDRConfig's, and `mosaics` the share of the images that :func:`~dfine_plugin.make_mosaics` replaces
-    in the first half of the schedule: both of baseline and wrapped alike. `teacher` is the folder of a wrapped model,
-    for rows that learn from one. `data` is "shapes" or a folder in COCO format; the numbers of images hold for shapes
-    only. `evaluations` are spread evenly over the schedule, the last at its end.
+    `width` is that of a transformer which is trained from scratch. `class_loss` is FDRConfig's, and `mosaics` the share
+    of the images that :func:`~dfine_plugin.make_mosaics` replaces in the first half of the schedule: both of baseline
+    and wrapped alike. `teacher` is the folder of a wrapped model, for rows that learn from one. `data` is "shapes" or a
+    folder in COCO format; the numbers of images hold for shapes only. `evaluations` are spread evenly over the
+    schedule, the last at its end.
     """
 
     host: str
@@ -60,12 +60,10 @@ class RunSettings:
 
     def digest(self) -> str:
         """What tells any two settings apart in :meth:`key`."""
-        own = {field.name: field for field in fields(self)}
-        told = {
-            name: value
-            for name, value in asdict(self).items()
-            if name not in ADDED_LATER or value != own[name].default  # as when there was no choice
-        }
+        told = asdict(self)
+        for field in fields(self):
+            if field.name in ADDED_LATER and told[field.name] == field.default:
+                del told[field.name]  # as when there was no choice
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:10]
 
     def evaluation_steps(self) -> list[int]:

@@ -252,9 +252,8 @@ def slow_losses(
     normal = predictions.part(slice(split, None))
     num_layers = len(normal.boxes)
     suffixes = [f"{aux}{i}" for i in range(num_layers - 1)] + [""]
-    boxes = (
-        normal.boxes if rt_detr or grouped else [slow.reported(of_layer) for of_layer in normal.boxes]
-    )  # of sigmoids
+    # those of hosts whose boxes are sigmoids lie in the image
+    boxes = normal.boxes if rt_detr or grouped else [slow.reported(of_layer) for of_layer in normal.boxes]
     sets = {s: (normal.logits[i], boxes[i]) for i, s in enumerate(suffixes)}
     sets["_pre"] = (normal.initial_logits, normal.initial_boxes)
     if rt_detr:

@@ -31,6 +31,16 @@ def edges_of(boxes: Tensor, weights: Tensor) -> Tensor:
     return places
 
 
+def outwards_from(boxes: Tensor, edges: Tensor) -> Tensor:
+    """How far out places ``(M, 4, J)`` lie from the edges of boxes, in their sides, one by one."""
+    offsets = torch.zeros_like(edges)
+    for pair, box in enumerate(boxes.tolist()):
+        for edge, own in enumerate(reference.edges(box)):
+            for n, place in enumerate(edges[pair, edge].tolist()):
+                offsets[pair, edge, n] = OUTWARDS[edge] * (place - own) / box[2 + edge % 2]
+    return offsets
+
+
 def projected(probabilities: Tensor, edges: Tensor, boxes: Tensor, weights: Tensor) -> Tensor:
     """Place by place: its probability goes to the two bins that it lies between."""
     found = torch.zeros(*probabilities.shape[:2], len(weights), dtype=probabilities.dtype)
@@ -50,7 +60,7 @@ def test_a_projected_distribution_is_the_one_of_the_loop(seed: int, pairs: int, 
     probabilities = random(seed, pairs, 4, 7).softmax(-1)
     edges, boxes = random(seed + 1, pairs, 4, 7) / 2 + 0.5, random_boxes(seed + 2, pairs)
     weights = weighting_function(num_bins).double()
-    found = project_distributions(probabilities, edges, boxes, weights)
+    found = project_distributions(probabilities, outwards_from(boxes, edges), weights)
     torch.testing.assert_close(found, projected(probabilities, edges, boxes, weights), rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(found.sum(-1), torch.ones(pairs, 4, dtype=found.dtype))
 
@@ -65,14 +75,14 @@ def test_the_box_stays_where_it_was_from_whatever_box_it_is_seen(seed: int, stre
     logits = random(seed + 1, 5, 4, 9) - 50 * (bins().abs() > 0.25)
     boxes = decode_boxes(theirs, logits, bins())
     weights = weighting_function(32).double()
-    seen = project_distributions(logits.softmax(-1), edges_of(theirs, bins()), ours, weights)
+    seen = project_distributions(logits.softmax(-1), outwards_from(ours, edges_of(theirs, bins())), weights)
     torch.testing.assert_close(decode_boxes(ours, seen.log().clamp(min=-1e3), weights), boxes, rtol=1e-7, atol=1e-9)
 
 
 def test_from_the_same_box_and_in_the_same_bins_nothing_changes() -> None:
     boxes, weights = random_boxes(0, 6), bins()
     probabilities = random(1, 6, 4, len(weights)).softmax(-1)
-    seen = project_distributions(probabilities, edges_of(boxes, weights), boxes, weights)
+    seen = project_distributions(probabilities, outwards_from(boxes, edges_of(boxes, weights)), weights)
     torch.testing.assert_close(seen, probabilities, rtol=1e-9, atol=1e-12)
 
 
@@ -80,7 +90,7 @@ def test_an_edge_that_is_known_becomes_its_two_bins() -> None:
     """A distribution at one place is FGL's target of that place."""
     boxes, truths, weights = random_boxes(0, 6), random_boxes(1, 6), bins()
     places = torch.tensor([reference.edges(truth) for truth in truths.tolist()], dtype=torch.float64)[..., None]
-    seen = project_distributions(torch.ones(6, 4, 1, dtype=torch.float64), places, boxes, weights)
+    seen = project_distributions(torch.ones(6, 4, 1, dtype=torch.float64), outwards_from(boxes, places), weights)
     left_bin, left_weight, right_weight = encode_boxes(boxes, truths, weights)
     expected = torch.zeros_like(seen).scatter_add_(-1, left_bin[..., None], left_weight[..., None])
     expected.scatter_add_(-1, left_bin[..., None] + 1, right_weight[..., None])
