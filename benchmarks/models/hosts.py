@@ -245,7 +245,7 @@ def rf_detr(class_names: list[str], num_queries: int, width: int) -> nn.Module:
 def _grounding_dino(class_names: list[str], num_queries: int, width: int) -> dict[str, Any]:
     """What the two Grounding DINOs have in common: a BERT of one layer, the class names for a text.
 
-    Two stages, for transformers has no other; its loss does not reach the proposals' boxes and scores.
+    Two stages, for transformers has no other.
     """
     from transformers import BertConfig, ResNetConfig
 

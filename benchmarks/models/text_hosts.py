@@ -1,11 +1,14 @@
-"""Grounding DINOs as hosts that take images alone: their text, always the same one, has the class names."""
+"""Grounding DINOs as hosts that take images alone: their text, always the same one, has the class names.
+
+Their proposals are trained, which transformers' are not: see :func:`with_trainable_proposals`.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     GroundingDinoForObjectDetection,
     MMGroundingDinoForObjectDetection,
@@ -22,11 +25,31 @@ FIRST_NAME = 1030
 """The token of the first class: a name is one token, behind all that BERT has for delimiters."""
 
 
+def with_trainable_proposals(model: nn.Module, inputs: tuple[Any, ...], outputs: Any) -> Any:
+    """Forward hook: in training, the encoder's loss is of the selected proposals' own scores and boxes.
+
+    As the authors' (`hs_enc`, `ref_enc`). transformers gives that loss the similarities of the learned queries and
+    detached boxes, from which nothing that makes proposals can learn: from scratch, they lie anywhere.
+
+    Args:
+        model: the host without its heads.
+        inputs: not looked at.
+        outputs: the host's, with ``encoder_logits`` ``(B, Q, T)`` and ``encoder_pred_boxes`` ``(B, Q, 4)`` of its own.
+    """
+    if model.training:
+        scores, boxes = outputs.enc_outputs_class, outputs.enc_outputs_coord_logits
+        selected = scores.amax(-1).topk(outputs.encoder_logits.shape[1], dim=1).indices[..., None]
+        outputs.encoder_logits = scores.take_along_dim(selected, dim=1)
+        outputs.encoder_pred_boxes = boxes.take_along_dim(selected, dim=1).sigmoid()
+    return outputs
+
+
 class Prompted(PreTrainedModel):
     """Mixin before a host: without a text its forward takes that of the config's classes, and has a logit for each."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
+        self.model.register_forward_hook(with_trainable_proposals)
         assert config.id2label is not None
         names = [token for number in range(len(config.id2label)) for token in (FIRST_NAME + number, STOP)]
         text = torch.tensor([CLS, *names, SEP])
