@@ -87,7 +87,9 @@ def main(
     batch_size: Annotated[int, typer.Option(min=1, help="images a step and process")] = 16,
     image_size: Annotated[int, typer.Option(min=32)] = 96,
     queries: Annotated[int, typer.Option(min=1, help="matched queries of the host")] = 30,
-    width: Annotated[int, typer.Option(min=32, help="of the transformer; for hosts of transformers")] = WIDTH,
+    width: Annotated[
+        int, typer.Option(min=32, help="of the transformer; not for hosts of detrex and MMDetection")
+    ] = WIDTH,
     lr: Annotated[float | None, typer.Option(help="learning rate; default: the host's")] = None,
     tune_lr: Annotated[bool, typer.Option("--tune-lr", help="tune the rate on the baseline alone first")] = False,
     clip_norm: Annotated[float | None, typer.Option(help="gradient clipping; default: the host's")] = None,
@@ -122,7 +124,7 @@ def main(
     check_data(data)
     if HOSTS[host].calls_cuda and device == "cpu":
         console.print(f"{host} calls .cuda() in its own code: trained without these calls")
-    if width % 32 or (width != WIDTH and "/" in host):
+    if width % 32 or (width != WIDTH and host.startswith(("detrex/", "mmdet/"))):
         wrong = "is no multiple of 32" if width % 32 else f"is not for {host}, whose config has the width"
         raise typer.BadParameter(f"{width} {wrong}", param_hint="--width")
     if save_models and "/" in host:

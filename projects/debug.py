@@ -79,6 +79,8 @@ def shrink(
             model.transformer.two_stage_num_proposals = num_queries
     if "dn_number" in model:
         model.dn_number = 10
+    if "match_num" in model.criterion:  # queries a truth, of the encoder and of each layer
+        model.criterion.match_num = [*model.criterion.match_num[:num_layers], 1]
     model.select_box_nums_for_evaluation = num_queries
     model.device = "cpu"
     return model

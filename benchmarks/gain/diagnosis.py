@@ -141,9 +141,12 @@ def predict_layers(model: Any, pixels: Tensor, labels: list[dict[str, Tensor]]) 
     model: in evaluation mode. labels: the images', which hosts want to see before they make losses.
     """
     detector = getattr(model, "detector", model)
-    capture = _losses_of_transformers
-    if detector is not model:
-        capture = _heads_of_mmdetection if hasattr(detector, "bbox_head") else _losses_of_detrex
+    if detector is model:
+        capture = _losses_of_transformers
+    elif hasattr(detector, "bbox_head"):
+        capture = _heads_of_mmdetection
+    else:
+        capture = _layers_of_detrex if hasattr(detector, "criterion") else _outputs_of_rtdetr
     keep: AbstractContextManager[list[FDRRecord]] = keep_records(detector) if is_wrapped(detector) else nullcontext([])
     with capture(detector) as found, keep as records:
         model(pixel_values=pixels, labels=labels)
@@ -186,22 +189,19 @@ def _losses_of_transformers(detector: Any) -> Iterator[list[list[Tensor]]]:
 
 
 @contextmanager
-def _losses_of_detrex(detector: Any) -> Iterator[list[list[Tensor]]]:
-    """Let the host compute losses, its parts in evaluation mode, and keep what its criterion is given first."""
+def _layers_of_detrex(detector: Any) -> Iterator[list[list[Tensor]]]:
+    """Keep what the model would give its criterion of all layers."""
     found: list[list[Tensor]] = []
 
-    def keep(criterion: nn.Module, arguments: tuple[Any, ...]) -> None:
-        if not found:
-            sets = [*arguments[0]["aux_outputs"], arguments[0]]
-            found.extend([[layer["pred_logits"] for layer in sets], [layer["pred_boxes"] for layer in sets]])
+    def keep(logits: Tensor, boxes: Tensor) -> None:
+        if not found:  # one-to-many queries come after
+            found.extend([[*logits], [*boxes]])
 
-    hook = detector.criterion.register_forward_pre_hook(keep)
-    detector.training = True
+    detector._set_aux_loss = keep
     try:
         yield found
     finally:
-        detector.training = False
-        hook.remove()
+        del detector._set_aux_loss
 
 
 @contextmanager
@@ -220,3 +220,28 @@ def _heads_of_mmdetection(detector: Any) -> Iterator[list[list[Tensor]]]:
         yield found
     finally:
         del detector.bbox_head.forward
+
+
+@contextmanager
+def _outputs_of_rtdetr(detector: Any) -> Iterator[list[list[Tensor]]]:
+    """Let the decoder report all layers, its parts in evaluation mode and without denoising, and keep them."""
+    found: list[list[Tensor]] = []
+    decoder = detector.decoder
+    holders, denoising = (decoder, decoder.decoder), decoder.num_denoising
+
+    def keep(detector: nn.Module, arguments: tuple[Any, ...], outputs: dict[str, Any]) -> None:
+        # the encoder's sets are behind those of the layers
+        sets = [*outputs["aux_outputs"][: len(decoder.decoder.layers) - 1], outputs]
+        found.extend([[layer["pred_logits"] for layer in sets], [layer["pred_boxes"] for layer in sets]])
+
+    hook = detector.register_forward_hook(keep)
+    decoder.num_denoising = 0
+    for module in holders:
+        module.training = True
+    try:
+        yield found
+    finally:
+        for module in holders:
+            module.training = False
+        decoder.num_denoising = denoising
+        hook.remove()

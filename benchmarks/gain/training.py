@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import set_seed
 
-from dfine_plugin import FDRConfig, calibrate, learn_from, load_pretrained, make_mosaics, wrap_decoder
+from dfine_plugin import FDRConfig, calibrate, learn_from, load_pretrained, make_mosaics, wrap_criterion, wrap_decoder
 from dfine_plugin.benchmarks.data.coco_data import read_split
 from dfine_plugin.benchmarks.data.detection_data import DetectionData, TrainingView, collate, normalise
 from dfine_plugin.benchmarks.data.shapes import make_shapes
@@ -62,7 +62,11 @@ def build_model(settings: RunSettings, data: DetectionData) -> nn.Module:
         model = build_host(settings.host, data.class_names, settings.num_queries, settings.width)
     fdr = fdr_settings(settings.variant)
     if fdr is not None:
-        wrap_decoder(getattr(model, "detector", model), FDRConfig(**{"class_loss": settings.class_loss, **fdr}))
+        detector = wrap_decoder(
+            getattr(model, "detector", model), FDRConfig(**{"class_loss": settings.class_loss, **fdr})
+        )
+        if hasattr(model, "criterion"):  # apart from the detector
+            wrap_criterion(model.criterion, detector)
     elif settings.class_loss == "mal":
         learn_classes_by_mal(model)
     # Convolutions on a CPU are some 10 % faster so.

@@ -14,6 +14,8 @@ from torchvision.ops import box_convert
 from dfine_plugin.benchmarks.models.detrex_configs import CONFIGS
 
 MAX_DETECTIONS = 100
+FOCUS_LEVELS, FOCUS_TOKENS = 4, 16
+"""Of Focus-DETR: its code has no other number of levels, and lets more tokens attend to one another than there are."""
 
 
 @contextmanager
@@ -54,9 +56,14 @@ def build_detrex_host(name: str, class_names: list[str], num_queries: int) -> nn
             "the hosts of detrex need detrex and detectron2 (see detrex's installation instructions) and detrex's "
             f"checkout on PYTHONPATH: {error}"
         ) from error
-    shrink(config, num_classes=len(class_names), num_queries=num_queries)
+    levels = FOCUS_LEVELS if name == "focus-detr" else 3
+    shrink(config, num_classes=len(class_names), num_queries=num_queries, num_levels=levels)
     config.select_box_nums_for_evaluation = min(num_queries * len(class_names), MAX_DETECTIONS)
-    return PixelsAndLabels(instantiate(config))
+    model = instantiate(config)
+    if name == "focus-detr":
+        for layer in model.transformer.encoder.layers:
+            layer.topk_sa = FOCUS_TOKENS
+    return PixelsAndLabels(model)
 
 
 def _as_they_are(pixels: Tensor) -> Tensor:

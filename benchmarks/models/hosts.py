@@ -298,7 +298,7 @@ def mm_grounding_dino(class_names: list[str], num_queries: int, width: int) -> n
 
 def _check_width(width: int) -> None:
     if width != WIDTH:
-        raise ValueError(f"hosts of other libraries have the width of their configs, and not {width}")
+        raise ValueError(f"hosts of detrex and MMDetection have the width of their configs, and not {width}")
 
 
 def _detrex(name: str, class_names: list[str], num_queries: int, width: int) -> nn.Module:
@@ -315,6 +315,16 @@ def _mmdet(kind: str, class_names: list[str], num_queries: int, width: int) -> n
     return build_mmdet_host(kind, class_names, num_queries)
 
 
+def _rtdetr(version: int, class_names: list[str], num_queries: int, width: int) -> nn.Module:
+    from dfine_plugin.benchmarks.models.rtdetr_hosts import build_rtdetr_host
+
+    return build_rtdetr_host(version, class_names, num_queries, width, _RESNET)
+
+
+for _name, _version in {"rt-detr": 1, "rt-detr-v2": 2}.items():
+    HOSTS[f"rtdetr/{_name}"] = Host(
+        partial(_rtdetr, _version), learning_rate=HOSTS[_name].learning_rate, bare_learns_by_mal=False
+    )
 for _name, _kind in {"deformable-detr": "DeformableDETR", "dino": "DINO"}.items():
     HOSTS[f"mmdet/{_name}"] = Host(partial(_mmdet, _kind), learning_rate=2e-3, bare_learns_by_mal=False)
 for _name in CONFIGS:

@@ -1,33 +1,18 @@
 """The rows of RT-DETR's own repository. Nothing here imports its package, ``src``, before a row is built."""
 
-import inspect
 from dataclasses import dataclass, field
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 from torch import Tensor, nn
 
 from dfine_plugin import wrap_criterion
+from dfine_plugin.benchmarks.models import rtdetr_hosts as small
+from dfine_plugin.benchmarks.models.rtdetr_hosts import WEIGHTS, missing, targets_of, zoo
 from dfine_plugin.wrapping import binding_of
 
 from .hosts import IMAGE_SIZE, NUM_CLASSES, NUM_LAYERS, Host, labels
 
-ZOO = "src.zoo.rtdetr"
-
-
-def missing(module: str = "rtdetr") -> str | None:
-    """Why the repository, or a module of its zoo, cannot be tested here; None if it can."""
-    try:
-        found = find_spec(f"{ZOO}.{module}")
-    except ImportError as error:  # of the package itself, or of what it imports
-        return f"{ZOO} cannot be imported (a folder of RT-DETR's own repository has to be on PYTHONPATH): {error}"
-    return None if found else f"this folder of RT-DETR's own repository has no {module}"
-
-
-def zoo(module: str) -> Any:
-    """A module of the repository's zoo of RT-DETR."""
-    return import_module(f"{ZOO}.{module}")
+__all__ = ["HOSTS", "WEIGHTS", "RTDETRHost", "build_criterion", "build_model", "missing", "row", "targets_of", "zoo"]
 
 
 class Backbone(nn.Module):
@@ -49,53 +34,15 @@ class Backbone(nn.Module):
         return features
 
 
-ENCODER = {
-    "in_channels": [16, 24, 32],
-    "hidden_dim": 32,
-    "nhead": 4,
-    "dim_feedforward": 32,
-    "expansion": 0.5,
-    "depth_mult": 0.34,
-}
-COSTS = {"cost_class": 2, "cost_bbox": 5, "cost_giou": 2}
-WEIGHTS = {"loss_vfl": 1.0, "loss_bbox": 5.0, "loss_giou": 2.0}
-
-
 def build_model(version: int, num_layers: int = NUM_LAYERS, **settings: Any) -> nn.Module:
-    """The host with a decoder of this version, and further arguments for what holds the decoder."""
-    modules = {1: "rtdetr_decoder", 2: "rtdetrv2_decoder"}
-    transformer = getattr(zoo(modules[version]), {1: "RTDETRTransformer", 2: "RTDETRTransformerv2"}[version])
-    # version 1's folder has another name for it
-    names = inspect.signature(transformer).parameters
-    settings["num_layers" if "num_layers" in names else "num_decoder_layers"] = num_layers
-    decoder = transformer(
-        num_classes=NUM_CLASSES,
-        hidden_dim=32,
-        num_queries=12,
-        feat_channels=[32, 32, 32],
-        feat_strides=[8, 16, 32],
-        nhead=4,
-        dim_feedforward=32,
-        **{"num_denoising": 6, **settings},
-    )
-    encoder = zoo("hybrid_encoder").HybridEncoder(**ENCODER, eval_spatial_size=settings.get("eval_spatial_size"))
-    return zoo("rtdetr").RTDETR(Backbone(), encoder, decoder)
+    """The host with a decoder of this version, and further arguments for the decoder."""
+    sizes = {"num_queries": 12, "num_denoising": 6, "num_layers": num_layers}
+    return small.build_model(version, Backbone(), [16, 24, 32], NUM_CLASSES, 32, **{**sizes, **settings})
 
 
-def build_criterion(version: int, losses: tuple[str, ...] = ("vfl", "boxes"), **settings: Any) -> nn.Module:
-    """The criterion that the repository's configs have with a decoder of this version."""
-    if version == 2:
-        criterion = zoo("rtdetrv2_criterion").RTDETRCriterionv2
-    else:
-        module = zoo("rtdetr_criterion")
-        criterion = module.SetCriterion if missing("rtdetrv2_decoder") else module.RTDETRCriterion
-    matcher = zoo("matcher").HungarianMatcher(weight_dict=COSTS, use_focal_loss=True)
-    return criterion(matcher, dict(WEIGHTS), list(losses), alpha=0.75, num_classes=NUM_CLASSES, **settings)
-
-
-def targets_of(labels: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-    """Truths under the repository's names."""
-    return [{"labels": target["class_labels"], "boxes": target["boxes"]} for target in labels]
+def build_criterion(version: int, **settings: Any) -> nn.Module:
+    """The criterion for it."""
+    return small.build_criterion(version, NUM_CLASSES, **settings)
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ from dfine_plugin.benchmarks.gain.training import build_model, load_data
 from dfine_plugin.benchmarks.gain.variants import fdr_settings, parse_variants
 from dfine_plugin.benchmarks.models.detrex_hosts import without_cuda_calls
 from dfine_plugin.benchmarks.models.hosts import HOSTS, build_host
+from dfine_plugin.benchmarks.models.rtdetr_hosts import missing as rtdetr_missing
 from dfine_plugin.benchmarks.trained_hosts import TRAINED
 
 APP = Typer()
@@ -230,7 +231,7 @@ def test_names_on_disk_have_no_equals_sign_and_those_that_had_one_are_still_foun
 
 
 def rows() -> list[Any]:
-    """All hosts; those of detrex and of MMDetection where it is there."""
+    """All hosts; those of detrex, of MMDetection and of RT-DETR's own repository where it is there."""
     try:
         absent = find_spec("projects.dino.modeling") is None
     except ModuleNotFoundError:
@@ -238,6 +239,7 @@ def rows() -> list[Any]:
     marks: dict[str, Any] = {
         "detrex": [pytest.mark.detrex, pytest.mark.skipif(absent, reason="detrex's checkout is not on PYTHONPATH")],
         "mmdet": [pytest.mark.mmdet, pytest.mark.skipif(find_spec("mmdet") is None, reason="mmdet is not installed")],
+        "rtdetr": [pytest.mark.rtdetr, pytest.mark.skipif(bool(rtdetr_missing()), reason=str(rtdetr_missing()))],
     }
     return [pytest.param(name, marks=marks.get(name.partition("/")[0], [])) for name in HOSTS]
 
@@ -249,7 +251,8 @@ def test_twins_share_the_weights_of_all_they_share(host: str) -> None:
     wrapped = build_model(replace(SETTINGS, host=host, variant="fdr+go-lsd"), data).state_dict()
     shared = baseline.keys() & wrapped.keys()
     # All but the box heads, which FDR replaces.
-    assert not [name for name in baseline.keys() - shared if "bbox_embed" not in name and "reg_branches" not in name]
+    heads = "bbox_embed", "reg_branches", "dec_bbox_head"
+    assert not [name for name in baseline.keys() - shared if not any(head in name for head in heads)]
     assert all(torch.equal(baseline[name], wrapped[name]) for name in shared)
 
 
@@ -273,7 +276,9 @@ def test_hosts_of_transformers_have_the_width_that_is_asked_for(host: str) -> No
 
 def test_hosts_of_other_libraries_have_their_own_width() -> None:
     for host in ("detrex/dino", "mmdet/dino"):
-        with pytest.raises(ValueError, match="hosts of other libraries have the width of their configs, and not 96"):
+        with pytest.raises(
+            ValueError, match="hosts of detrex and MMDetection have the width of their configs, and not 96"
+        ):
             build_host(host, ["a"], 12, 96)
 
 

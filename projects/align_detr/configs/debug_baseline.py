@@ -6,5 +6,4 @@ from dfine_plugin.projects.debug import debug
 _config = into(
     debug(detrex_config("align_detr/configs/aligndetr_k=2_r50_4scale_12ep.py")), "./output/align_detr_debug_baseline"
 )
-_config.model.criterion.match_num = [2, 2, 2, 1]  # of the encoder and three layers
 dataloader, lr_multiplier, model, optimizer, train = (_config[part] for part in PARTS)
