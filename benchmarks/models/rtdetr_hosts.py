@@ -40,8 +40,9 @@ def build_model(
         backbone: gives features of strides 8, 16 and 32.
         channels: of these.
         num_classes: of the data.
-        width: of encoder and decoder; what it has between its linear layers is as wide, its heads are four.
-        settings: further ones of the decoder; its layers are ``num_layers``.
+        width: of encoder and decoder.
+        settings: further ones of the decoder; its layers are ``num_layers``. Unless they say otherwise it has four
+            heads, and is as wide between its linear layers.
     """
     transformer = getattr(zoo(DECODERS[version][0]), DECODERS[version][1])
     if "num_layers" not in inspect.signature(transformer).parameters:  # version 1's folder has another name for it
@@ -51,8 +52,7 @@ def build_model(
         hidden_dim=width,
         feat_channels=[width] * 3,
         feat_strides=[8, 16, 32],
-        nhead=4,
-        **{"dim_feedforward": width, **settings},
+        **{"nhead": 4, "dim_feedforward": width, **settings},
     )
     encoder = zoo("hybrid_encoder").HybridEncoder(
         in_channels=channels,

@@ -1,6 +1,8 @@
 """The rows of MMDetection. Nothing here imports it before a row is built."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 
 from dfine_plugin.benchmarks.models.mmdet_hosts import build_model, samples, small_config
 
-from .hosts import NUM_CLASSES, Host
+from .hosts import NUM_CLASSES, NUM_LAYERS, Host
 
 
 def missing() -> str | None:
@@ -30,11 +32,15 @@ COSTS = {"class": 2.0, "bbox": 5.0, "giou": 2.0}
 _MEAN, _STD = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
 
 
-def config(kind: str, **settings: Any) -> dict[str, Any]:
+def config(kind: str, queries: int = 12, layers: int = NUM_LAYERS, heads: int = 4, **settings: Any) -> dict[str, Any]:
     """A config of MMDetection's, small, of the detector of this kind: DINO or DeformableDETR."""
     # the code of a two-stage Deformable-DETR fixes its width; and of a DINO, in MMDetection up to 3.3
     width = 256 if kind == "DINO" or settings.get("as_two_stage") else 32
-    model = small_config(kind, NUM_CLASSES, num_queries=12, width=width)
+    model = small_config(kind, NUM_CLASSES, num_queries=queries, width=width)
+    decoder = model["decoder"]
+    decoder["num_layers"] = layers
+    for attention in ("self_attn_cfg", "cross_attn_cfg"):
+        decoder["layer_cfg"][attention] = {**decoder["layer_cfg"][attention], "num_heads": heads}
     if kind == "DINO":
         model["dn_cfg"]["group_cfg"]["num_dn_queries"] = 6
     return {**model, **settings}
@@ -75,11 +81,20 @@ class MMDetHost(Host):
         pytest.skip("MMDetection supervises all layers, always")
 
 
+def _build(kind: str, settings: dict[str, Any], **sizes: int) -> nn.Module:
+    return build_model(config(kind, **settings, **sizes))
+
+
+BUILDERS: dict[str, Callable[..., nn.Module]] = {}
+"""From a host's name to what builds it, of other sizes as well."""
+
+
 def row(name: str, kind: str, fdr: dict[str, Any] | None = None, **settings: Any) -> MMDetHost:
     """A host of further settings; `fdr` is what its FDRConfig must say."""
+    BUILDERS[f"mmdet-{name}"] = builder = partial(_build, kind, settings)
     return MMDetHost(
         f"mmdet-{name}",
-        lambda: build_model(config(kind, **settings)),
+        builder,
         weighted_loss_dict=True,
         settings=fdr or {},
         missing=missing(),

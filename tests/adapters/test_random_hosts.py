@@ -19,6 +19,10 @@ from hypothesis import HealthCheck, Phase, assume, given, note, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import (
+    ConditionalDetrConfig,
+    ConditionalDetrForObjectDetection,
+    DabDetrConfig,
+    DabDetrForObjectDetection,
     DeformableDetrConfig,
     DeformableDetrForObjectDetection,
     LwDetrConfig,
@@ -37,9 +41,9 @@ from dfine_plugin import FDRConfig, deploy, load_pretrained, unwrap_decoder, wra
 from dfine_plugin.record import in_scope
 from dfine_plugin.registry import find_adapter
 
-from . import detrex_hosts
+from . import detrex_hosts, mmdet_hosts, rtdetr_hosts
 from .hosts import NUM_CLASSES, Host, build, randomise_fdr
-from .transformers_hosts import _BACKBONE, _DEFORMABLE, _GROUPS, _RT_DETR, _VIT, TransformersHost
+from .transformers_hosts import _BACKBONE, _DEFORMABLE, _GROUPS, _RT_DETR, _VIT, TransformersHost, _dense_attention
 
 LAW = settings(
     max_examples=int(os.environ.get("DFINE_EXAMPLES", "3")),
@@ -50,16 +54,35 @@ RT_DETRS = {
     "rt-detr": (RTDetrConfig, RTDetrForObjectDetection),
     "rt-detr-v2": (RTDetrV2Config, RTDetrV2ForObjectDetection),
 }
+DENSE: dict[str, tuple[Any, Any, str]] = {
+    "dab-detr": (DabDetrConfig, DabDetrForObjectDetection, "hidden_size"),
+    "conditional-detr": (ConditionalDetrConfig, ConditionalDetrForObjectDetection, "d_model"),
+}
 DEFORMABLES = {"two-stage": (True, True), "refine": (False, True), "plain": (False, False)}
 GROUPED = ["lw-detr", *(["rf-detr"] if hasattr(transformers, "RfDetrConfig") else [])]
 # DETA draws its pairs, and how many queries a truth gets in Align-DETR hangs on the images before
 DETREX = {host.name: host for host in detrex_hosts.HOSTS if not host.own_pairs}
-_NO_DETREX = pytest.mark.skipif(detrex_hosts.missing() is not None, reason=str(detrex_hosts.missing()))
+RTDETR = {host.name: host for host in rtdetr_hosts.HOSTS}
+MMDET = {host.name: host for host in mmdet_hosts.HOSTS}
+
+
+def _of(rows: dict[str, Any], mark: pytest.MarkDecorator, missing: str | None = None) -> list[Any]:
+    """A library's hosts, skipped where they, or all of it, are missing."""
+    skips = {name: row.missing or missing for name, row in rows.items()}
+    return [
+        pytest.param(name, marks=[mark, pytest.mark.skipif(why is not None, reason=str(why))])
+        for name, why in skips.items()
+    ]
+
+
 FAMILIES = [
     *RT_DETRS,
     *DEFORMABLES,
     *GROUPED,
-    *(pytest.param(name, marks=[pytest.mark.detrex, _NO_DETREX]) for name in DETREX),
+    *DENSE,
+    *_of(DETREX, pytest.mark.detrex, detrex_hosts.missing()),
+    *_of(RTDETR, pytest.mark.rtdetr),
+    *_of(MMDET, pytest.mark.mmdet),
 ]
 
 
@@ -83,6 +106,9 @@ class Case:
 def _build(family: str, layers: int, queries: int, heads: int, **others: Any) -> nn.Module:
     if family in GROUPED:
         return _build_grouped(family, decoder_layers=layers, num_queries=queries, heads=heads, **others)
+    if family in DENSE:
+        sizes = {"decoder_layers": layers, "num_queries": queries, "decoder_attention_heads": heads}
+        return _dense_attention(*DENSE[family], **sizes, **others)
     common = {"decoder_layers": layers, "num_queries": queries, "decoder_attention_heads": heads, **others}
     if family in RT_DETRS:
         config, model = RT_DETRS[family]
@@ -135,7 +161,7 @@ def transformers_cases(draw: st.DrawFn, family: str) -> Case:
         others["group_detr"] = draw(st.integers(1, min(3, queries)))
         others["windows"] = draw(st.integers(1, 2))
         others["scales"] = draw(st.sampled_from([[1.0], [2.0], [2.0, 1.0], [1.0, 0.5]]))
-    else:
+    elif family in DEFORMABLES:
         others["num_feature_levels"] = draw(st.integers(3, 4))  # the backbone has three
     # RT-DETR merges levels, LW-DETR splits patches into windows, and both want multiples of 32; norms want more than
     # one pixel of the coarsest level
@@ -169,13 +195,43 @@ def detrex_cases(draw: st.DrawFn, name: str) -> Case:
     return Case(replace(row, build=build_host), draw(configs(**row.settings)), images, labels)
 
 
+@st.composite
+def rtdetr_cases(draw: st.DrawFn, name: str) -> Case:
+    """A model of RT-DETR's own repository, for images of any size."""
+    row = RTDETR[name]
+    sizes = {"num_queries": draw(st.integers(2, 12)), "num_layers": draw(st.integers(1, 6))}
+    others = {
+        "nhead": draw(st.sampled_from([1, 2, 4])),
+        "num_denoising": draw(st.sampled_from([0, 6, 20])),
+        "aux_loss": draw(st.booleans()),
+    }
+    note(f"{name}: {sizes}, {others}")
+    host = replace(row, build=lambda: rtdetr_hosts.build_model(row.version, **sizes, **others))
+    side = st.integers(2, 4).map(lambda n: 32 * n)
+    return Case(host, draw(configs()), *draw(batches(side, sizes["num_queries"] + 3)))
+
+
+@st.composite
+def mmdet_cases(draw: st.DrawFn, name: str) -> Case:
+    """A config of MMDetection with other numbers of layers, queries and heads."""
+    row = MMDET[name]
+    sizes = {
+        "queries": draw(st.integers(2, 12)),
+        "layers": draw(st.integers(2, 6)),
+        "heads": draw(st.sampled_from([1, 2, 4])),
+    }
+    note(f"{name}: {sizes}")
+    host = replace(row, build=lambda: mmdet_hosts.BUILDERS[name](**sizes))
+    return Case(host, draw(configs(**row.settings)), *draw(batches(SIDE, sizes["queries"] + 3)))
+
+
 SIDE = st.integers(33, 120)
 """Of images whose coarsest level has more than one pixel, at a stride of 32."""
 
 
 @st.composite
 def configs(draw: st.DrawFn, **others: Any) -> FDRConfig:
-    flags = {name: draw(st.booleans()) for name in ("union", "ddf", "lqe")}
+    flags = {name: draw(st.booleans()) for name in ("union", "ddf", "lqe", "target_gating")}
     return FDRConfig(num_bins=draw(st.sampled_from([4, 16, 32])), **others, **flags)
 
 
@@ -197,20 +253,30 @@ def batches(draw: st.DrawFn, side: st.SearchStrategy[int], truths: int) -> tuple
 
 
 def cases(family: str) -> st.SearchStrategy[Case]:
-    return detrex_cases(family) if family in DETREX else transformers_cases(family)
+    for rows, of_library in ((DETREX, detrex_cases), (RTDETR, rtdetr_cases), (MMDET, mmdet_cases)):
+        if family in rows:
+            return of_library(family)
+    return transformers_cases(family)
+
+
+def holders(case: Case, model: Any) -> list[nn.Module]:
+    """What has to be in training for a host to compute losses, its parts in evaluation."""
+    if isinstance(case.host, TransformersHost):
+        return []
+    return [model, model.decoder, model.decoder.decoder] if case.host.name in RTDETR else [model]
 
 
 def losses(case: Case, model: nn.Module, order: list[int] | None = None) -> dict[str, Tensor]:
     """All terms in evaluation for the batch, or for its images in another order, but those of denoising queries, which
     are random."""
     model.eval()
-    # which has no losses in evaluation, but for its parts
-    model.training = isinstance(case.host, detrex_hosts.DetrexHost)
+    for module in holders(case, model):
+        module.training = True
     order = list(range(len(case.images))) if order is None else order
     torch.manual_seed(5)  # of denoising queries
     terms = case.host.losses(model, case.images[order], [case.labels[i] for i in order])[1]
     assert not in_scope()
-    return {name: term for name, term in terms.items() if "_dn" not in name}
+    return {name: term for name, term in terms.items() if "_dn" not in name and "dn_" not in name}
 
 
 def without_gradient(case: Case, model: nn.Module) -> set[str]:

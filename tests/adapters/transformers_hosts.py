@@ -91,17 +91,17 @@ def _deformable_detr(two_stage: bool, with_box_refine: bool) -> PreTrainedModel:
 
 
 def _dense_attention(
-    config_class: type[PreTrainedConfig], model_class: type[PreTrainedModel], width: str
+    config_class: type[PreTrainedConfig], model_class: type[PreTrainedModel], width: str, **others: int | bool
 ) -> PreTrainedModel:
-    """A host that attends to all of one level, whose config has this name for its width."""
+    """A host that attends to all of one level, whose config has this name for its width, and further settings."""
+    settings = {**_DECODER, "auxiliary_loss": True, **others}
     config = config_class(
         backbone_config=ResNetConfig(**{**_BACKBONE, "out_features": ["stage4"]}),
         **{width: 32},
         encoder_layers=1,
-        **_DECODER,
         num_labels=NUM_CLASSES,
-        auxiliary_loss=True,
         dropout=0.0,
+        **settings,
         init_std=0.2,  # with less, queries that all begin as zeros stay alike
     )
     model = model_class(config)
