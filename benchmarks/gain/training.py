@@ -65,8 +65,9 @@ def build_model(settings: RunSettings, data: DetectionData) -> nn.Module:
         detector = wrap_decoder(
             getattr(model, "detector", model), FDRConfig(**{"class_loss": settings.class_loss, **fdr})
         )
-        if hasattr(model, "criterion"):  # apart from the detector
-            wrap_criterion(model.criterion, detector)
+        criterion = getattr(model, "criterion", None)
+        if isinstance(criterion, nn.Module):  # apart from the detector
+            wrap_criterion(criterion, detector)
     elif settings.class_loss == "mal":
         learn_classes_by_mal(model)
     # Convolutions on a CPU are some 10 % faster so.
