@@ -285,7 +285,7 @@ def grounding_dino(class_names: list[str], num_queries: int, width: int) -> nn.M
     return PromptedGroundingDinoForObjectDetection(config)
 
 
-@host("mm-grounding-dino", learning_rate=1e-3, bare_learns_by_mal=False)
+@host("mm-grounding-dino", learning_rate=2e-3, bare_learns_by_mal=False)
 def mm_grounding_dino(class_names: list[str], num_queries: int, width: int) -> nn.Module:
     """MM Grounding DINO, the same sizes: similarities scaled by the width, with a bias."""
     from transformers import MMGroundingDinoConfig
@@ -328,4 +328,4 @@ for _name, _version in {"rt-detr": 1, "rt-detr-v2": 2}.items():
 for _name, _kind in {"deformable-detr": "DeformableDETR", "dino": "DINO"}.items():
     HOSTS[f"mmdet/{_name}"] = Host(partial(_mmdet, _kind), learning_rate=2e-3, bare_learns_by_mal=False)
 for _name in CONFIGS:
-    HOSTS[f"detrex/{_name}"] = Host(partial(_detrex, _name), learning_rate=5e-4, calls_cuda=_name in CALL_CUDA)
+    HOSTS[f"detrex/{_name}"] = Host(partial(_detrex, _name), learning_rate=1e-3, calls_cuda=_name in CALL_CUDA)
