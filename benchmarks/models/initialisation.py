@@ -58,7 +58,7 @@ def initialise_from_scratch(model: nn.Module) -> None:
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
         if isinstance(module, nn.Conv2d) and "backbone" in name and kind not in GROUPED:
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            initialise_convolution(module)
     for module in drawn.values():
         if hasattr(module, "q_proj"):
             _initialise_attention(module)
@@ -76,6 +76,11 @@ def initialise_from_scratch(model: nn.Module) -> None:
         _initialise_grounding_dino(model, [f"{prefix}." for prefix in kept])
     else:
         raise ValueError(f"no initialisation from scratch is known for {type(model).__name__}")
+
+
+def initialise_convolution(convolution: nn.Conv2d) -> None:
+    """Draw the weights of a backbone's convolution: He's normal distribution over the outputs, as torchvision's."""
+    nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
 
 
 def _unfreeze(model: nn.Module) -> None:

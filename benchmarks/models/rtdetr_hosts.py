@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dfine_plugin.benchmarks.models.initialisation import initialise_convolution
+
 ZOO = "src.zoo.rtdetr"
 DECODERS = {1: ("rtdetr_decoder", "RTDETRTransformer"), 2: ("rtdetrv2_decoder", "RTDETRTransformerv2")}
 COSTS = {"cost_class": 2, "cost_bbox": 5, "cost_giou": 2}
@@ -94,7 +96,7 @@ class Backbone(nn.Module):
         self.resnet = RTDetrResNetBackbone(RTDetrResNetConfig(**settings))
         for module in self.resnet.modules():
             if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                initialise_convolution(module)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         return list(self.resnet(x).feature_maps)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dfine_plugin.benchmarks.models import detrex_configs
 from dfine_plugin.benchmarks.models.detrex_hosts import without_cuda_calls
 
-from .hosts import NUM_CLASSES, NUM_LAYERS, Host, labels
+from .hosts import NUM_CLASSES, NUM_LAYERS, Host
 
 
 def missing() -> str | None:
@@ -63,16 +63,13 @@ class DetrexHost(Host):
     def predict_layers(self, model: nn.Module, images: Tensor) -> list[tuple[Tensor, Tensor]]:
         found: list[tuple[Tensor, Tensor]] = []
 
-        def keep(criterion: nn.Module, arguments: tuple[Any, ...]) -> None:
+        def keep(logits: Tensor, boxes: Tensor) -> None:
             if not found:  # H-Deformable-DETR's second call is for the one-to-many queries
-                sets = [*arguments[0]["aux_outputs"], arguments[0]]
-                found.extend((layer["pred_logits"], layer["pred_boxes"]) for layer in sets)
+                found.extend(zip(logits, boxes, strict=True))
 
-        hook = model.criterion.register_forward_pre_hook(keep)
-        model.training = True  # its parts are not: it computes losses and no more
-        self.losses(model, images, labels())
-        model.training = False
-        hook.remove()
+        model._set_aux_loss = keep
+        self.predict(model, images)
+        del model._set_aux_loss
         return found
 
     def pixels(self, images: Tensor) -> Tensor:
@@ -89,17 +86,6 @@ class DetrexHost(Host):
         model.device, model.normalizer = "cuda", lambda x: (x - mean) / std
         model.pixel_mean, model.pixel_std = mean, std  # as DINO with EVA keeps them
         model.cuda()
-
-
-class GroupDetrHost(DetrexHost):
-    """Group-DETR, whose queries are of one group in evaluation."""
-
-    def predict_layers(self, model: nn.Module, images: Tensor) -> list[tuple[Tensor, Tensor]]:
-        found: list[tuple[Tensor, Tensor]] = []
-        model._set_aux_loss = lambda logits, boxes: found.extend(zip(logits, boxes, strict=True))
-        self.predict(model, images)
-        del model._set_aux_loss
-        return found
 
 
 def build_config(path: str, queries: int = 12, layers: int = NUM_LAYERS, heads: int = 4, levels: int = 3) -> nn.Module:
@@ -157,12 +143,11 @@ def _row(
     name: str,
     path: str,
     build: Callable[..., nn.Module] = build_config,
-    kind: type[DetrexHost] = DetrexHost,
     settings: dict[str, Any] | None = None,
     **traits: bool,
 ) -> DetrexHost:
     BUILDERS[f"detrex-{name}"] = builder = partial(build, path)
-    return kind(f"detrex-{name}", builder, True, settings=settings or {}, **traits)
+    return DetrexHost(f"detrex-{name}", builder, True, settings=settings or {}, **traits)
 
 
 BUILDERS: dict[str, Callable[..., nn.Module]] = {}
@@ -210,7 +195,6 @@ HOSTS = [
     _row(
         "group-detr",
         "group_detr/configs/group_detr_r50_50ep.py",
-        kind=GroupDetrHost,
         one_box_head=True,
         fixed_references=True,
     ),

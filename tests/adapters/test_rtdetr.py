@@ -111,7 +111,7 @@ def test_what_wrap_criterion_refuses(host: RTDETRHost, monkeypatch: pytest.Monke
     with pytest.raises(UnsupportedModelError, match=r"holds its criterion, which wrap_decoder\(model\) has wrapped"):
         wrap_criterion(criterion, wrap_decoder(build(within), within.config()))
     monkeypatch.setattr(DistributedDataParallel, "__init__", lambda self, module: nn.Module.__init__(self))
-    with pytest.raises(WrapStateError, match="takes the model that DistributedDataParallel"):
+    with pytest.raises(WrapStateError, match="this model is a DistributedDataParallel: wrap_criterion takes the"):
         wrap_criterion(criterion, DistributedDataParallel(model))
     assert type(criterion) is type(build_criterion(host.version))
     wrap_criterion(criterion, model)
