@@ -20,9 +20,11 @@ CHANNELS = {"res2": 16, "res3": 32, "res4": 64, "res5": 128}
 
 
 def tiny_backbone(out_features: list[str], norm: str) -> nn.Module:
-    """A ResNet of one basic block a stage, 16 to 128 channels wide."""
+    """A ResNet of one basic block a stage, 16 to 128 channels wide, up to the last of the features."""
     stages, before = [], CHANNELS["res2"]
-    for name, channels in CHANNELS.items():
+    names = list(CHANNELS)
+    for name in names[: max(map(names.index, out_features)) + 1]:
+        channels = CHANNELS[name]
         stages.append(
             ResNet.make_stage(
                 BasicBlock,
@@ -39,7 +41,12 @@ def tiny_backbone(out_features: list[str], norm: str) -> nn.Module:
 
 
 def shrink(
-    model: DictConfig, num_classes: int = 3, num_queries: int = 30, num_layers: int = 3, num_levels: int = 3
+    model: DictConfig,
+    num_classes: int = 3,
+    num_queries: int = 30,
+    num_layers: int = 3,
+    num_levels: int = 3,
+    single_level: str = "res5",
 ) -> DictConfig:
     """detrex's config of a host with a tiny backbone, few layers and few queries, on the CPU; in place.
 
@@ -51,13 +58,14 @@ def shrink(
         num_queries: matched queries; a hybrid host gets as many again for its one-to-many branch.
         num_layers: of the decoder; the encoder has one.
         num_levels: of features, where the host has several: those of the backbone are three.
+        single_level: the feature of a host that has one: res5, of stride 32, as it has at full size, or an earlier one.
     """
-    single_level = "in_features" in model
-    features = ["res5"] if single_level else ["res3", "res4", "res5"]
+    has_one_level = "in_features" in model
+    features = [single_level] if has_one_level else ["res3", "res4", "res5"]
     model.backbone = L(tiny_backbone)(out_features=features, norm="BN")
     model.position_embedding.num_pos_feats = WIDTH // 2
-    if single_level:
-        model.in_features, model.in_channels = features, CHANNELS["res5"]
+    if has_one_level:
+        model.in_features, model.in_channels = features, CHANNELS[single_level]
     else:
         model.neck.input_shapes = {name: ShapeSpec(channels=CHANNELS[name]) for name in features}
         model.neck.in_features, model.neck.out_channels = features, WIDTH

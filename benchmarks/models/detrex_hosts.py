@@ -14,6 +14,10 @@ from torchvision.ops import box_convert
 from dfine_plugin.benchmarks.models.detrex_configs import CONFIGS
 
 MAX_DETECTIONS = 100
+SINGLE_LEVEL = "res3"
+"""Of hosts that look at one level: of stride 8, for small images."""
+NUM_GROUPS = 3
+"""Of Group-DETR's queries."""
 FOCUS_LEVELS, FOCUS_TOKENS = 4, 16
 """Of Focus-DETR: its code has no other number of levels, and lets more tokens attend to one another than there are."""
 
@@ -57,7 +61,10 @@ def build_detrex_host(name: str, class_names: list[str], num_queries: int) -> nn
             f"checkout on PYTHONPATH: {error}"
         ) from error
     levels = FOCUS_LEVELS if name == "focus-detr" else 3
-    shrink(config, num_classes=len(class_names), num_queries=num_queries, num_levels=levels)
+    sizes = {"num_queries": num_queries, "num_levels": levels, "single_level": SINGLE_LEVEL}
+    shrink(config, num_classes=len(class_names), **sizes)
+    if "group_nums" in config:
+        config.group_nums = NUM_GROUPS
     config.select_box_nums_for_evaluation = min(num_queries * len(class_names), MAX_DETECTIONS)
     model = instantiate(config)
     if name == "focus-detr":
@@ -96,7 +103,8 @@ class PixelsAndLabels(nn.Module):
             for entry, target in zip(inputs, labels, strict=True):
                 entry["instances"] = _instances(target, height, width)
             losses = self.detector(inputs)
-            return SimpleNamespace(loss=sum(losses.values()), loss_dict=losses)
+            total: Any = sum(losses.values())  # Align-DETR's has shape (1,)
+            return SimpleNamespace(loss=total.squeeze(), loss_dict=losses)
         results = [result["instances"] for result in self.detector(inputs)]
         most = max(len(result) for result in results)
         logits = pixel_values.new_full((len(results), most, self.detector.num_classes), -torch.inf)

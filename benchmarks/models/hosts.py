@@ -186,7 +186,7 @@ def dab_detr(class_names: list[str], num_queries: int, width: int) -> nn.Module:
     return DabDetrForObjectDetection(config)
 
 
-@host("conditional-detr", learning_rate=1e-3)
+@host("conditional-detr", learning_rate=5e-4)
 def conditional_detr(class_names: list[str], num_queries: int, width: int) -> nn.Module:
     """Conditional-DETR, 0.4 M parameters: the same attention; learned points for queries, which stay where they are."""
     from transformers import ConditionalDetrConfig, ConditionalDetrForObjectDetection
@@ -234,7 +234,7 @@ def lw_detr(class_names: list[str], num_queries: int, width: int) -> nn.Module:
     return LwDetrForObjectDetection(config)
 
 
-@host("rf-detr", learning_rate=1e-3)
+@host("rf-detr", learning_rate=2.5e-4)
 def rf_detr(class_names: list[str], num_queries: int, width: int) -> nn.Module:
     """RF-DETR, 0.5 M parameters: the same on a DINOv2 of four layers, and one level, of stride 8 for small images."""
     from transformers import RfDetrConfig, RfDetrForObjectDetection

@@ -292,7 +292,9 @@ def test_hosts_train_all_of_themselves_from_ordinary_weights(host: str) -> None:
     boxes = torch.tensor([[0.5, 0.5, 0.2, 0.2]])
     labels = [{"class_labels": torch.tensor([1]), "boxes": boxes}] * 2
     with without_cuda_calls() if HOSTS[host].calls_cuda else nullcontext():
-        model.train()(pixel_values=torch.rand(2, 3, 64, 64), labels=labels).loss.backward()
+        loss = model.train()(pixel_values=torch.rand(2, 3, 64, 64), labels=labels).loss
+        loss.backward()
+    assert loss.shape == ()  # the Trainer adds it up in place
     backbone = [p for name, p in model.named_parameters() if "backbone" in name]
     assert backbone
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in backbone)
