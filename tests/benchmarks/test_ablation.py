@@ -230,6 +230,9 @@ def test_names_on_disk_have_no_equals_sign_and_those_that_had_one_are_still_foun
     assert load_run(tmp_path, replace(settings, variant="N=32")) is None
 
 
+ONE_LEVEL = ("dab-detr", "dn-detr", "conditional-detr", "group-detr")
+
+
 def rows() -> list[Any]:
     """All hosts; those of detrex, of MMDetection and of RT-DETR's own repository where it is there."""
     try:
@@ -280,6 +283,21 @@ def test_hosts_of_other_libraries_have_their_own_width() -> None:
             ValueError, match="hosts of detrex and MMDetection have the width of their configs, and not 96"
         ):
             build_host(host, ["a"], 12, 96)
+
+
+@pytest.mark.parametrize("host", [row for row in rows() if row.values[0].removeprefix("detrex/") in ONE_LEVEL])
+def test_hosts_that_attend_to_all_of_one_level_have_one_of_stride_8(host: str) -> None:
+    model: Any = build_host(host, ["a", "b"]).eval()
+    seen: list[torch.Size] = []
+    encoder = model.detector.transformer.encoder if host.startswith("detrex/") else model.model.encoder
+
+    def keep_shape(module: nn.Module, args: Any, output: Any) -> None:
+        seen.append((output if isinstance(output, torch.Tensor) else output[0]).shape)
+
+    encoder.register_forward_hook(keep_shape)
+    with torch.no_grad():
+        model(pixel_values=torch.rand(1, 3, 48, 48))
+    assert 36 in seen[0]  # of an image, wherever a host has them
 
 
 @pytest.mark.parametrize("host", rows())
