@@ -157,6 +157,8 @@ def keep_first_layers(
     total = len(module.layers)
     if not isinstance(num_layers, int) or not 1 <= num_layers <= total:
         raise ValueError(f"num_layers must be in [1, {total}], the decoder's layers; got {num_layers!r}")
+    if hasattr(module, "fdr"):
+        module.fdr.check_num_layers(num_layers)
     module.layers = module.layers[:num_layers]
     for owner in (model, model.get_submodule(decoder.rpartition(".")[0]), module):
         for name in heads:

@@ -53,6 +53,9 @@ class FDRConfig:
             training.
         trainable: ``"all"``, or ``"head"``: the FDR head alone learns, and the host stays as it is, its BatchNorms'
             statistics included.
+        initial_layer: the decoder layer, from 1, that the initial boxes, and so the frame of all distributions, come
+            of. The paper's is the first. A later one is for hosts whose layers all predict from one reference that
+            stays where it is (Conditional-, Group-, LW- and RF-DETR): there no layer waits for another one's boxes.
         box_refinement: consent to wrap a host that does not refine its reference points from layer to layer. FDR
             does, so wrapping such a host changes what its decoder layers attend to.
         target_gating: let each decoder layer learn what a query keeps of itself, and what it takes of the image, as
@@ -77,6 +80,7 @@ class FDRConfig:
     class_loss: str = "host"
     distribution_losses_train: str = "all"
     trainable: str = "all"
+    initial_layer: int = 1
     box_refinement: bool = False
     target_gating: bool = False
 
@@ -95,6 +99,9 @@ class FDRConfig:
         check_number("residual_scale", self.residual_scale, above=0)
         check_number("fgl_weight", self.fgl_weight, least=0)
         check_number("ddf_weight", self.ddf_weight, least=0)
+        layer = self.initial_layer
+        if isinstance(layer, bool) or not isinstance(layer, int) or layer < 1:
+            raise ValueError(f"initial_layer must be an integer of at least 1, got {layer!r}")
         for name in ("union", "ddf", "lqe", "target_gating", "box_refinement"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")

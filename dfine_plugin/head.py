@@ -16,8 +16,11 @@ QUALITY_TOP_K = 4
 """How many of an edge's highest probabilities, besides their mean, the location quality is estimated from."""
 
 
-STORED_SETTINGS = ("num_bins", "a", "c", "weighting", "residual_scale", "lqe")
-"""The settings that change what the weights of a head mean, in the order in which its state dict holds them."""
+STORED_SETTINGS = ("num_bins", "a", "c", "weighting", "residual_scale", "lqe", "initial_layer")
+"""The settings that change what the weights of a head mean, in the order in which its state dict holds them.
+
+Without the last one where it is 1, as in state dicts of before it.
+"""
 
 
 def locate_initial_boxes(delta: Tensor, reference: Tensor) -> Tensor:
@@ -116,6 +119,7 @@ class FDRHead(nn.Module):
         super().__init__()
         self.config = config or FDRConfig()
         self.num_layers = num_layers
+        self.check_num_layers(num_layers)
         self.residual_scale = self.config.residual_scale
         num_values = self.config.num_bins + 1
         self.refine = nn.ModuleList(DistributionMLP(hidden_dim, 4 * num_values) for _ in range(num_layers))
@@ -162,6 +166,14 @@ class FDRHead(nn.Module):
         dtypes = [parameter.dtype for parameter in mlp.parameters()]  # none where it is quantized
         return mlp(shape.to(dtypes[0]) if dtypes else shape)
 
+    def check_num_layers(self, num_layers: int) -> None:
+        """Raise ``ValueError`` where the layer that the initial boxes come of is not among the first ``num_layers``."""
+        if self.config.initial_layer > num_layers:
+            raise ValueError(
+                f"the initial boxes come of decoder layer {self.config.initial_layer} (initial_layer), which is not "
+                f"among the first {num_layers}"
+            )
+
     def keep_layers(self, num_layers: int) -> None:
         """Drop all layers but the first ``num_layers``, whose boxes stay as they are."""
         self.refine = self.refine[:num_layers]
@@ -198,7 +210,8 @@ class FDRHead(nn.Module):
         """
         values = {**self.config.to_dict(), "residual_scale": self.residual_scale}
         values["weighting"] = WEIGHTINGS.index(self.config.weighting)
-        return torch.tensor([float(values[name]) for name in STORED_SETTINGS], dtype=torch.float64, device="cpu")
+        stored = STORED_SETTINGS if self.config.initial_layer > 1 else STORED_SETTINGS[:-1]
+        return torch.tensor([float(values[name]) for name in stored], dtype=torch.float64, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
         """Compare with the settings in a state dict.
@@ -206,14 +219,14 @@ class FDRHead(nn.Module):
         Raises:
             SettingsMismatchError: names those that differ.
         """
-        own = self.get_extra_state()
-        if not isinstance(state, Tensor) or not state.is_floating_point() or state.shape != own.shape:
+        known = [(len(STORED_SETTINGS) - 1,), (len(STORED_SETTINGS),)]
+        if not isinstance(state, Tensor) or not state.is_floating_point() or state.shape not in known:
             raise SettingsMismatchError("what the state dict has for the settings of its FDR head is not that")
         # state dicts get cast and averaged in many ways
         rounding = max(torch.finfo(state.dtype).eps, 1e-6)
         differing = [
             f"{name} {_said(name, there)} (this model: {_said(name, here)})"
-            for name, there, here in zip(STORED_SETTINGS, state.tolist(), own.tolist(), strict=True)
+            for name, there, here in zip(STORED_SETTINGS, *map(_whole, (state, self.get_extra_state())), strict=True)
             if not abs(there - here) <= rounding * abs(here)  # nor is NaN
         ]
         if differing:
@@ -251,6 +264,11 @@ class FDRHead(nn.Module):
         if self.weights.device.type != "meta":
             self.weights = self.config.bin_values().to(self.weights.device)
         return self
+
+
+def _whole(state: Tensor) -> list[float]:
+    """The value of every stored setting."""
+    return [*state.tolist(), 1.0][: len(STORED_SETTINGS)]
 
 
 def _said(name: str, value: float) -> str:

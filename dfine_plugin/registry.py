@@ -18,7 +18,11 @@ class Adapter(Protocol):
     """How one family of hosts is tied to the FDR head. An adapter holds no state of its own: one serves all models."""
 
     decoder: str
-    """The dotted name of the host's decoder."""
+    """The dotted name of the host's decoder.
+
+    An adapter for hosts whose layers all predict from one reference, which lets the initial boxes come of any layer
+    (``FDRConfig.initial_layer``), says so by ``fixed_references = True`` besides.
+    """
 
     def check(self, model: nn.Module, config: FDRConfig) -> None:
         """Raise :class:`UnsupportedModelError` if the model cannot be wrapped as it is; change nothing."""

@@ -114,6 +114,8 @@ def wrap_decoder(model: Model, config: FDRConfig | None = None) -> Model:
     config = config or FDRConfig()
     adapter = find_adapter(model)
     adapter.check(model, config)
+    if config.initial_layer > 1:
+        _check_initial_layer(model, adapter, config)
     retired = adapter.attach(model, config)
     frozen = _freeze_host(model, adapter) if config.trainable == "head" else []
     hooks = (
@@ -122,6 +124,20 @@ def wrap_decoder(model: Model, config: FDRConfig | None = None) -> Model:
     )
     model.__dict__[_BINDING] = Binding(adapter, config, retired, hooks, frozen)
     return model
+
+
+def _check_initial_layer(model: nn.Module, adapter: Adapter, config: FDRConfig) -> None:
+    name, layer = type(model).__name__, config.initial_layer
+    if not getattr(adapter, "fixed_references", False):
+        raise UnsupportedModelError(
+            f"the decoder layers of this {name} attend by the boxes that the layers before have refined, so that its "
+            f"initial boxes have to come of the first layer, and not of layer {layer} (initial_layer)"
+        )
+    num_layers = len(model.get_submodule(adapter.decoder).layers)  # type: ignore[arg-type]
+    if layer > num_layers:
+        raise UnsupportedModelError(
+            f"this {name} has {num_layers} decoder layers, and none is layer {layer} (initial_layer)"
+        )
 
 
 def wrap_criterion(criterion: Criterion, model: nn.Module) -> Criterion:

@@ -1,7 +1,7 @@
 """detrex's Conditional-DETR, and what it shares with Group-DETR: all layers predict from one fixed reference point.
 
-The decoder runs as it is; then the one box head's box for the first layer is the frame whose edges the distributions
-move, layer by layer. The model asks its box head layer by layer.
+The decoder runs as it is; then the one box head's box for the first layer, or for a later one, is the frame whose edges
+the distributions move, layer by layer. The model asks its box head layer by layer.
 """
 
 from typing import Any, ClassVar
@@ -34,9 +34,10 @@ class FixedPointDecoder(RefiningDecoder):
         hidden_states, points = super(refining_heads.RefiningDecoder, self).forward(*args, **kwargs)
         scope = current_scope()
         reference_logits = recomputed_boxes.four(self.inverse_sigmoid(points))
-        scope.progress = refining_heads.FixedReference(reference_logits)
-        initial_boxes = scope.progress.boxes_of(self.bbox_embed.locate(hidden_states[0]))
-        scope.record = refining_heads.refine_afterwards(self.fdr, initial_boxes, hidden_states.unbind())
+        progress = scope.progress = refining_heads.FixedReference(reference_logits)
+        scope.record = refining_heads.refine_afterwards(
+            self.fdr, lambda states: progress.boxes_of(self.bbox_embed.locate(states)), hidden_states.unbind()
+        )
         if self.deployed:
             hidden_states = recomputed_boxes.last_level(scope.record, hidden_states, reference_logits)
         return hidden_states, points

@@ -2,8 +2,8 @@
 
 Every decoder layer predicts from one fixed reference point, by one box head that all share. So the decoder runs as it
 is, but for the states of its layers, which are noted as they go into the next one; then the head's box for the first
-layer is the frame whose edges the distributions move, layer by layer. The model asks its box head for the last layer
-and then, with auxiliary losses, layer by layer.
+layer, or for a later one, is the frame whose edges the distributions move, layer by layer. The model asks its box head
+for the last layer and then, with auxiliary losses, layer by layer.
 
 With auxiliary losses the host norms each layer's states before the next layer, and the last layer's once more. What
 the last layer predicts comes of that, wrapped and bare.
@@ -76,8 +76,7 @@ class FDRConditionalDetrDecoder(RefiningDecoder, host.ConditionalDetrDecoder):
         progress.reference_logits = recomputed_boxes.four(reference_logits)
         progress.first_hidden_states = hidden[0]
         locate = getattr(progress.box_head, "locate", progress.box_head)
-        initial_boxes = progress.boxes_of(locate(hidden[0]))
-        record = scope.record = refine_afterwards(self.fdr, initial_boxes, hidden)
+        record = scope.record = refine_afterwards(self.fdr, lambda states: progress.boxes_of(locate(states)), hidden)
         if self.deployed:
             last = recomputed_boxes.last_level(record, hidden[-1][None], progress.reference_logits)
             outputs.last_hidden_state, outputs.intermediate_hidden_states = last[0], last
@@ -99,6 +98,7 @@ class ConditionalDetrAdapter(hf.TransformersAdapter):
         host.ConditionalDetrDecoder: FDRConditionalDetrDecoder
     }
     loss_class = DeformableDetrGOLSDLoss
+    fixed_references = True
 
     def check(self, model: host_parts.Host, config: FDRConfig) -> None:
         super().check(model, config)

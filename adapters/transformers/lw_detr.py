@@ -96,8 +96,11 @@ class RefiningAfterwards:
             progress = current_scope().progress
             progress.references, progress.first_hidden_states = references, hidden[0]
             locate = progress.box_head.locate
-        initial_boxes = modeling_lw_detr.refine_bboxes(references, at_least_float32(locate(hidden[0])))
-        record = refine_afterwards(self.fdr, initial_boxes, hidden)
+
+        def boxes_of(states: Tensor) -> Tensor:
+            return modeling_lw_detr.refine_bboxes(references, at_least_float32(locate(states)))
+
+        record = refine_afterwards(self.fdr, boxes_of, hidden)
         leave_record(record)
         if self.deployed:
             delta = deltas(record.boxes[-1], references)
@@ -184,6 +187,7 @@ class LwDetrAdapter(hf.TransformersAdapter):
         modeling_lw_detr.LwDetrDecoder: FDRLwDetrDecoder
     }
     loss_class = LwDetrGOLSDLoss
+    fixed_references = True
     norms = ("self_attn_layer_norm", "cross_attn_layer_norm")
     box_head_classes: ClassVar[dict[type[nn.Module], type[Any]]] = {
         modeling_lw_detr.LwDetrMLPPredictionHead: RecordedLwDetrBoxHead

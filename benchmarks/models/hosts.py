@@ -328,7 +328,7 @@ for _name, _version in {"rt-detr": 1, "rt-detr-v2": 2}.items():
     HOSTS[f"rtdetr/{_name}"] = Host(
         partial(_rtdetr, _version), learning_rate=HOSTS[_name].learning_rate, bare_learns_by_mal=False
     )
-for _name, _kind in {"deformable-detr": "DeformableDETR", "dino": "DINO"}.items():
-    HOSTS[f"mmdet/{_name}"] = Host(partial(_mmdet, _kind), learning_rate=2e-3, bare_learns_by_mal=False)
+for _name, _kind, _rate in (("deformable-detr", "DeformableDETR", 2e-3), ("dino", "DINO", 8e-3)):
+    HOSTS[f"mmdet/{_name}"] = Host(partial(_mmdet, _kind), learning_rate=_rate, bare_learns_by_mal=False)
 for _name in CONFIGS:
     HOSTS[f"detrex/{_name}"] = Host(partial(_detrex, _name), learning_rate=1e-3, calls_cuda=_name in CALL_CUDA)

@@ -83,6 +83,20 @@ class SlowFDR:
             return torch.cat([moved[..., :2] + shift, moved[..., 2:]], -1).sigmoid()
         return (moved + shift).sigmoid()
 
+    def layers(
+        self,
+        states: Sequence[Tensor],
+        delta: Callable[[Tensor], Tensor],
+        reference: Tensor,
+        eps: float,
+        logits: Sequence[Tensor],
+    ) -> Predictions:
+        """All layers of a host whose references stay fixed: the initial boxes come of the one that the settings say."""
+        frame = delta(states[self.config.initial_layer - 1])
+        for hidden, of_layer in zip(states, logits, strict=True):
+            self.layer(hidden, lambda _: frame, reference, eps, of_layer)
+        return self.out
+
     def layer(
         self, hidden: Tensor, delta: Callable[[Tensor], Tensor], reference: Tensor, eps: float, logits: Tensor
     ) -> Tensor:

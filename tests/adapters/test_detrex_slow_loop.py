@@ -108,14 +108,14 @@ def refine_from_points(model: nn.Module, inputs: dict[str, Any]) -> slow.Predict
     hidden, position = inputs.pop("query"), inputs.pop("query_pos")
     points = decoder.ref_point_head(position).sigmoid()
     sine = get_sine_pos_embed(points)[..., : decoder.embed_dim]
-    fdr = slow.SlowFDR(decoder.fdr)
+    states = []
     for index, layer in enumerate(decoder.layers):
         scaled = sine * decoder.query_scale(hidden) if index > 0 else sine
         hidden = layer(hidden, query_pos=position, query_sine_embed=scaled, is_first_layer=index == 0, **inputs)
-        normed = decoder.post_norm_layer(hidden).transpose(0, 1)
-        logits = F.linear(normed, model.class_embed.weight, model.class_embed.bias)
-        fdr.layer(normed, slow.first_head(decoder.bbox_embed), points.transpose(0, 1), EPS, logits)
-    return fdr.out
+        states.append(decoder.post_norm_layer(hidden).transpose(0, 1))
+    logits = [F.linear(state, model.class_embed.weight, model.class_embed.bias) for state in states]
+    head = slow.first_head(decoder.bbox_embed)
+    return slow.SlowFDR(decoder.fdr).layers(states, head, points.transpose(0, 1), EPS, logits)
 
 
 ASSIGNERS = {"stg1_assigner": "_enc", "stg2_assigner": ""}
@@ -317,7 +317,18 @@ def foreground_loss(outputs: dict[str, Any], truths: list[dict[str, Tensor]]) ->
 
 @every_kind_of_loss
 def test_every_loss_term_and_its_gradient(host: Host, settings: dict[str, Any], counts: tuple[int, ...]) -> None:
-    config = host.config(**settings)
+    compare_every_loss_term(host, host.config(**settings), counts)
+
+
+def test_every_loss_term_with_initial_boxes_of_a_later_layer(host: Host) -> None:
+    if not host.fixed_references:
+        with pytest.raises(UnsupportedModelError, match="have to come of the first layer, and not of layer 2"):
+            wrap_decoder(build(host), host.config(initial_layer=2))
+        return
+    compare_every_loss_term(host, host.config(initial_layer=2), (2, 3))
+
+
+def compare_every_loss_term(host: Host, config: FDRConfig, counts: tuple[int, ...]) -> None:
     if config.class_loss == "mal" and host.name.startswith(OWN_CLASS_LOSS):
         with pytest.raises(UnsupportedModelError, match="class_loss='mal' takes the place of a focal loss of pairs"):
             wrap_decoder(build(host), config)

@@ -67,13 +67,12 @@ def refine_afterwards(model: PreTrainedModel, inputs: dict[str, Any]) -> slow.Pr
     inputs = dict(inputs)
     hidden, reference, ratios = (inputs.pop(key) for key in ("inputs_embeds", "reference_points", "valid_ratios"))
     points, position = decoder.get_reference(reference, ratios)
-    fdr = slow.SlowScaledFDR(decoder.fdr)
+    states = []
     for layer in decoder.layers:
         hidden = layer(hidden, position_embeddings=position, reference_points=points, **inputs)
-        normed = decoder.layernorm(hidden)
-        logits = F.linear(normed, model.class_embed.weight, model.class_embed.bias)
-        fdr.layer(normed, model.bbox_embed.locate, reference, 0.0, logits)
-    return fdr.out
+        states.append(decoder.layernorm(hidden))
+    logits = [F.linear(state, model.class_embed.weight, model.class_embed.bias) for state in states]
+    return slow.SlowScaledFDR(decoder.fdr).layers(states, model.bbox_embed.locate, reference, 0.0, logits)
 
 
 def refine_anchors(model: PreTrainedModel, inputs: dict[str, Any]) -> slow.Predictions:
@@ -108,7 +107,7 @@ def refine_from_points(model: PreTrainedModel, inputs: dict[str, Any]) -> slow.P
     point = decoder.ref_point_head(position).sigmoid()
     width = hidden.shape[-1]
     at_point = sines(F.pad(point, (0, 2)), width // 2)[..., :width]
-    fdr = slow.SlowFDR(decoder.fdr)
+    states = []
     for index, layer in enumerate(decoder.layers):
         scale = slow.first_head(decoder.query_scale)(hidden) if index > 0 else 1
         hidden = layer(
@@ -124,9 +123,10 @@ def refine_from_points(model: PreTrainedModel, inputs: dict[str, Any]) -> slow.P
         if model.config.auxiliary_loss:
             hidden = state
             state = decoder.layernorm(hidden) if index == len(decoder.layers) - 1 else state
-        logits = F.linear(state, model.class_labels_classifier.weight, model.class_labels_classifier.bias)
-        fdr.layer(state, slow.first_head(model.bbox_predictor), point, 1e-5, logits)
-    return fdr.out
+        states.append(state)
+    classifier = model.class_labels_classifier
+    logits = [F.linear(state, classifier.weight, classifier.bias) for state in states]
+    return slow.SlowFDR(decoder.fdr).layers(states, slow.first_head(model.bbox_predictor), point, 1e-5, logits)
 
 
 def refine_with_text(model: PreTrainedModel, inputs: dict[str, Any]) -> slow.Predictions:
@@ -318,6 +318,18 @@ def test_every_loss_term_and_its_gradient(host: Host, settings: dict[str, Any], 
     model = wrap_decoder(build(host), config).train()
     randomise_fdr(host, model)
     targets = in_double(model, labels(counts))
+    outputs, predictions = run(host, model, targets)
+    compare(host, model, outputs, slow_losses(host, model, outputs, predictions, targets, config))
+
+
+@pytest.mark.parametrize("name", [row.name for row in HOSTS if row.fixed_references])
+@pytest.mark.parametrize("layer", [2, 3])
+def test_every_loss_term_with_initial_boxes_of_a_later_layer(name: str, layer: int) -> None:
+    host = next(row for row in HOSTS if row.name == name)
+    config = host.config(initial_layer=layer)
+    model = wrap_decoder(build(host), config).train()
+    randomise_fdr(host, model)
+    targets = in_double(model, labels())
     outputs, predictions = run(host, model, targets)
     compare(host, model, outputs, slow_losses(host, model, outputs, predictions, targets, config))
 
