@@ -198,7 +198,7 @@ def _host_boxes(model: nn.Module) -> Iterator[tuple[list[Tensor], list[Tensor]]]
 
     def answer(fdr: nn.Module, inputs: tuple[Any, ...], refined: Refinement) -> Refinement:
         layer, hidden_states, state = inputs
-        # layer 1's own boxes are the initial ones, which the state holds before it
+        # layer 1's are the initial ones, which the state holds before it
         following = reported = state.boxes
         if layer > 0:
             following, reported = binding.adapter.host_boxes(model, layer, hidden_states, state.boxes)

@@ -136,7 +136,7 @@ def _check_initial_layer(model: nn.Module, adapter: Adapter, config: FDRConfig) 
     num_layers = len(model.get_submodule(adapter.decoder).layers)  # type: ignore[arg-type]
     if layer > num_layers:
         raise UnsupportedModelError(
-            f"this {name} has {num_layers} decoder layers, and none is layer {layer} (initial_layer)"
+            f"this {name} has {num_layers} decoder layers, and no layer {layer} (initial_layer)"
         )
 
 

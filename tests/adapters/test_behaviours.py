@@ -14,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dfine_plugin import (
     SettingsMismatchError,
+    UnsupportedModelError,
     WrapStateError,
     calibrate,
     deploy,
@@ -389,6 +390,43 @@ def test_deploy_refuses_layers_that_the_model_has_not_and_changes_nothing(host: 
         deploy(model, num_layers)
     assert all(torch.equal(a, b) for a, b in zip(predict(host, model), expected, strict=True))
     unwrap_decoder(model)
+
+
+def test_initial_boxes_of_a_later_layer(host: Host) -> None:
+    """Only where no layer attends by another one's boxes; then in everything that a model does."""
+    bare = build(host)
+    if not host.fixed_references:
+        with pytest.raises(
+            UnsupportedModelError, match=r"initial boxes have to come of the first layer, and not of layer 2"
+        ):
+            wrap_decoder(bare, host.config(initial_layer=2))
+        assert not is_wrapped(bare)
+        return
+    with pytest.raises(UnsupportedModelError, match=rf"has {NUM_LAYERS} decoder layers, and no layer {NUM_LAYERS + 1}"):
+        wrap_decoder(bare, host.config(initial_layer=NUM_LAYERS + 1))
+    own = host.predict_layers(bare.eval(), images())[1][1]
+    model = wrap_decoder(bare, host.config(initial_layer=2)).eval()
+    with torch.no_grad():
+        for _, boxes in host.predict_layers(model, images()):  # a fresh head changes nothing
+            torch.testing.assert_close(boxes, own, atol=1e-5, rtol=1e-5)
+    randomise_fdr(host, model)
+    expected = predict(host, model)
+    twin = wrap_decoder(build(host), host.config(initial_layer=2)).eval()
+    twin.load_state_dict(model.state_dict())
+    assert_equal(host, twin, model)
+    first = wrap_decoder(build(host), host.config()).eval()
+    for one, other in ((first, model), (model, first)):
+        with pytest.raises(SettingsMismatchError, match=r"initial_layer [12] \(this model: [12]\)"):
+            one.load_state_dict(copy.deepcopy(other).state_dict())
+    with pytest.raises(ValueError, match=r"decoder layer 2 \(initial_layer\), which is not among the first 1"):
+        deploy(model, 1)
+    assert_equal(host, twin, model)
+    with torch.no_grad():
+        wanted = host.predict_layers(model, images())[1]
+        shorter = find_adapter(deploy(twin, 2)).detector(twin)(host.pixels(images()))
+    for found, those in ((predict(host, deploy(model)), expected), (shorter, wanted)):
+        for one, other in zip(found, those, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("change", [lambda model: model, deploy], ids=["wrapped", "deployed"])

@@ -34,12 +34,15 @@ def most_confident(host: Host, model: nn.Module, batch: Tensor) -> tuple[Tensor,
     return confidence[:, :QUERIES_PER_IMAGE].flatten(), boxes[:, :QUERIES_PER_IMAGE].flatten(0, 1)
 
 
-def test_the_rehearsal_is_the_host_itself(host: Host) -> None:
+@pytest.mark.parametrize("initial_layer", [1, 2])
+def test_the_rehearsal_is_the_host_itself(host: Host, initial_layer: int) -> None:
     if not refines(host):
         pytest.skip("the host does not refine boxes: there is nothing to rehearse")
+    if initial_layer > 1 and not host.fixed_references:
+        pytest.skip("the host's initial boxes come of its first layer")
     model = build(host)
     expected = [most_confident(host, model, batch) for batch in BATCHES]
-    rehearsal = rehearse(wrap(host, model), [host.pixels(batch) for batch in BATCHES])
+    rehearsal = rehearse(wrap(host, model, initial_layer=initial_layer), [host.pixels(batch) for batch in BATCHES])
     confidence, boxes = (torch.cat(parts) for parts in zip(*expected, strict=True))
     torch.testing.assert_close(rehearsal.confidence, confidence, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(rehearsal.boxes[-1], boxes, rtol=1e-4, atol=1e-4)

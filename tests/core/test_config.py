@@ -32,6 +32,7 @@ configs = st.builds(
     class_loss=st.sampled_from(["host", "mal"]),
     trainable=st.sampled_from(["all", "head"]),
     distribution_losses_train=st.sampled_from(["all", "head"]),
+    initial_layer=st.integers(1, 12),
     box_refinement=st.booleans(),
 )
 
@@ -85,6 +86,9 @@ def test_frozen() -> None:
         ("trainable", "backbone", "'all' or 'head'"),
         ("distribution_losses_train", None, "'all' or 'head'"),
         ("class_loss", "focal", "'host' or 'mal'"),
+        ("initial_layer", 0, "an integer of at least 1"),
+        ("initial_layer", 1.0, "an integer of at least 1"),
+        ("initial_layer", True, "an integer of at least 1"),
     ],
 )
 def test_out_of_bounds(field: str, value: float | str, bound: str) -> None:

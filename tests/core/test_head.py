@@ -268,6 +268,18 @@ def test_settings_that_no_head_has_are_named(position: int, value: float, said: 
         stored_head().set_extra_state(state)
 
 
+def test_state_dicts_of_before_initial_layer_have_the_first() -> None:
+    """Which is what a head writes that has it; and a head whose initial boxes come of a layer it has not is refused."""
+    later = FDRHead(8, 2, FDRConfig(initial_layer=2))
+    assert len(make_head().state_dict()["_extra_state"]) == len(STORED) == len(later.state_dict()["_extra_state"]) - 1
+    FDRHead(8, 2, FDRConfig(initial_layer=2)).load_state_dict(later.state_dict())
+    for one, other, said in ((later, FDRHead(8, 2), "1 .this model: 2"), (FDRHead(8, 2), later, "2 .this model: 1")):
+        with pytest.raises(SettingsMismatchError, match=rf"initial_layer {said}"):
+            one.load_state_dict(other.state_dict())
+    with pytest.raises(ValueError, match=r"decoder layer 3 \(initial_layer\), which is not among the first 2"):
+        FDRHead(8, 2, FDRConfig(initial_layer=3))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_settings_survive_a_cast_state_dict(dtype: torch.dtype) -> None:
     """Rounding is no other setting, but for another setting that a dtype can tell."""
