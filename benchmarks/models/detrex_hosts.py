@@ -61,8 +61,7 @@ def build_detrex_host(name: str, class_names: list[str], num_queries: int) -> nn
             f"checkout on PYTHONPATH: {error}"
         ) from error
     levels = FOCUS_LEVELS if name == "focus-detr" else 3
-    sizes = {"num_queries": num_queries, "num_levels": levels, "single_level": SINGLE_LEVEL}
-    shrink(config, num_classes=len(class_names), **sizes)
+    shrink(config, len(class_names), num_queries, num_levels=levels, single_level=SINGLE_LEVEL)
     if "group_nums" in config:
         config.group_nums = NUM_GROUPS
     config.select_box_nums_for_evaluation = min(num_queries * len(class_names), MAX_DETECTIONS)

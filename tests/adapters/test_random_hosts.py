@@ -170,7 +170,8 @@ def transformers_cases(draw: st.DrawFn, family: str) -> Case:
     heads = draw(st.sampled_from([1, 2, 4]))
     note(f"{family}: {layers} layers, {queries} queries, {heads} heads, {others}")
     host = TransformersHost(family, lambda: _build(family, layers, queries, heads, **others), is_rt_detr)
-    config = draw(configs(box_refinement=family == "plain"))
+    fixed = family == "conditional-detr" or is_grouped
+    config = draw(configs(box_refinement=family == "plain", initial_layer=draw(st.integers(1, layers if fixed else 1))))
     return Case(host, config, *draw(batches(side, queries + 3)))
 
 
@@ -192,7 +193,9 @@ def detrex_cases(draw: st.DrawFn, name: str) -> Case:
     images, labels = draw(batches(SIDE, queries + 3))
     # Focus-DETR's own loss fails without any truth
     assume(name != "detrex-focus-detr" or any(len(target["boxes"]) for target in labels))
-    return Case(replace(row, build=build_host), draw(configs(**row.settings)), images, labels)
+    initial_layer = draw(st.integers(1, layers if row.fixed_references else 1))
+    config = draw(configs(initial_layer=initial_layer, **row.settings))
+    return Case(replace(row, build=build_host), config, images, labels)
 
 
 @st.composite
