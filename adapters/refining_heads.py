@@ -75,11 +75,11 @@ def refine_afterwards(fdr: FDRHead, locate: Callable[[Tensor], Tensor], hidden_s
     """The record of all layers, where none attends by what another has refined.
 
     Args:
-        fdr: the FDR head, whose settings say of which layer the initial boxes come.
+        fdr: the FDR head, which says of which layer the initial boxes come.
         locate: the host's own boxes ``(B, Q, 4)``, from ``(B, Q, C)`` of a layer.
         hidden_states: of each layer.
     """
-    initial_boxes = locate(hidden_states[fdr.config.initial_layer - 1])
+    initial_boxes = locate(hidden_states[fdr.initial_layer - 1])
     state = fdr.start(initial_boxes)
     record = FDRRecord(fdr.weights, initial_boxes)
     for layer, of_layer in enumerate(hidden_states):

@@ -56,6 +56,7 @@ class FDRConfig:
         initial_layer: the decoder layer, from 1, that the initial boxes, and so the frame of all distributions, come
             of. The paper's is the first. A later one is for hosts whose layers all predict from one reference that
             stays where it is (Conditional-, Group-, LW- and RF-DETR): there no layer waits for another one's boxes.
+            None is the best one known for the host: the second for Conditional- and Group-DETR, the first for others.
         box_refinement: consent to wrap a host that does not refine its reference points from layer to layer. FDR
             does, so wrapping such a host changes what its decoder layers attend to.
         target_gating: let each decoder layer learn what a query keeps of itself, and what it takes of the image, as
@@ -80,7 +81,7 @@ class FDRConfig:
     class_loss: str = "host"
     distribution_losses_train: str = "all"
     trainable: str = "all"
-    initial_layer: int = 1
+    initial_layer: int | None = None
     box_refinement: bool = False
     target_gating: bool = False
 
@@ -100,7 +101,7 @@ class FDRConfig:
         check_number("fgl_weight", self.fgl_weight, least=0)
         check_number("ddf_weight", self.ddf_weight, least=0)
         layer = self.initial_layer
-        if isinstance(layer, bool) or not isinstance(layer, int) or layer < 1:
+        if layer is not None and (isinstance(layer, bool) or not isinstance(layer, int) or layer < 1):
             raise ValueError(f"initial_layer must be an integer of at least 1, got {layer!r}")
         for name in ("union", "ddf", "lqe", "target_gating", "box_refinement"):
             if not isinstance(getattr(self, name), bool):
@@ -110,12 +111,12 @@ class FDRConfig:
 
     @classmethod
     def paper(cls, **changes: Any) -> FDRConfig:
-        """The paper's recipe, exactly: FDR with GO-LSD and LQE, residuals unscaled.
+        """The paper's recipe, exactly: FDR with GO-LSD and LQE, residuals unscaled, initial boxes of the first layer.
 
         Args:
             changes: settings to choose otherwise.
         """
-        return cls(**{"union": True, "ddf": True, "lqe": True, "residual_scale": 1.0, **changes})
+        return cls(**{"union": True, "ddf": True, "lqe": True, "residual_scale": 1.0, "initial_layer": 1, **changes})
 
     def bin_values(self) -> Tensor:
         """The offset of each bin, in units of the initial box's side: ``(num_bins + 1,)`` float32."""
@@ -134,10 +135,12 @@ class FDRConfig:
         """The inverse of :meth:`to_dict`. Raises ``ValueError`` on an unknown version or setting."""
         if not isinstance(settings, dict):
             raise ValueError(f"settings of an FDRConfig are a dict, got {settings!r}")
-        settings = dict(settings)
+        written, settings = settings, dict(settings)
         version = settings.pop("version", VERSION)
         if version != VERSION:
             raise ValueError(f"FDRConfig of version {version!r}; this dfine-plugin reads version {VERSION}")
+        if len(written) > len(settings):  # by to_dict, and before there was a choice
+            settings.setdefault("initial_layer", 1)
         unknown = sorted(settings.keys() - {field.name for field in dataclasses.fields(cls)})
         if unknown:
             raise ValueError(f"FDRConfig has no setting {', '.join(map(repr, unknown))}")

@@ -119,6 +119,7 @@ class FDRHead(nn.Module):
         super().__init__()
         self.config = config or FDRConfig()
         self.num_layers = num_layers
+        self.initial_layer = self.config.initial_layer or 1
         self.check_num_layers(num_layers)
         self.residual_scale = self.config.residual_scale
         num_values = self.config.num_bins + 1
@@ -168,9 +169,9 @@ class FDRHead(nn.Module):
 
     def check_num_layers(self, num_layers: int) -> None:
         """Raise ``ValueError`` where the layer that the initial boxes come of is not among the first ``num_layers``."""
-        if self.config.initial_layer > num_layers:
+        if self.initial_layer > num_layers:
             raise ValueError(
-                f"the initial boxes come of decoder layer {self.config.initial_layer} (initial_layer), which is not "
+                f"the initial boxes come of decoder layer {self.initial_layer} (initial_layer), which is not "
                 f"among the first {num_layers}"
             )
 
@@ -208,9 +209,9 @@ class FDRHead(nn.Module):
         A tensor, for safetensors holds nothing else; of its own, no buffer, for no average over models and no cast to
         half precision may touch it.
         """
-        values = {**self.config.to_dict(), "residual_scale": self.residual_scale}
+        values = {**self.config.to_dict(), "residual_scale": self.residual_scale, "initial_layer": self.initial_layer}
         values["weighting"] = WEIGHTINGS.index(self.config.weighting)
-        stored = STORED_SETTINGS if self.config.initial_layer > 1 else STORED_SETTINGS[:-1]
+        stored = STORED_SETTINGS if self.initial_layer > 1 else STORED_SETTINGS[:-1]
         return torch.tensor([float(values[name]) for name in stored], dtype=torch.float64, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
@@ -273,7 +274,7 @@ def _whole(state: Tensor) -> list[float]:
 
 def _said(name: str, value: float) -> str:
     """A stored setting as :class:`FDRConfig` takes it."""
-    kind = type(getattr(FDRConfig(), name))
+    kind = type(getattr(FDRConfig.paper(), name))
     if kind is not str:
         return repr(kind(value) if isfinite(value) else value)
     return repr(WEIGHTINGS[int(value)]) if value in range(len(WEIGHTINGS)) else f"number {value:g}"

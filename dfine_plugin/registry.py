@@ -21,7 +21,8 @@ class Adapter(Protocol):
     """The dotted name of the host's decoder.
 
     An adapter for hosts whose layers all predict from one reference, which lets the initial boxes come of any layer
-    (``FDRConfig.initial_layer``), says so by ``fixed_references = True`` besides.
+    (``FDRConfig.initial_layer``), says so by ``fixed_references = True`` besides, and by ``initial_layer`` which one is
+    best, if not the first.
     """
 
     def check(self, model: nn.Module, config: FDRConfig) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -114,8 +114,7 @@ def wrap_decoder(model: Model, config: FDRConfig | None = None) -> Model:
     config = config or FDRConfig()
     adapter = find_adapter(model)
     adapter.check(model, config)
-    if config.initial_layer > 1:
-        _check_initial_layer(model, adapter, config)
+    config = _with_initial_layer(model, adapter, config)
     retired = adapter.attach(model, config)
     frozen = _freeze_host(model, adapter) if config.trainable == "head" else []
     hooks = (
@@ -126,18 +125,25 @@ def wrap_decoder(model: Model, config: FDRConfig | None = None) -> Model:
     return model
 
 
-def _check_initial_layer(model: nn.Module, adapter: Adapter, config: FDRConfig) -> None:
-    name, layer = type(model).__name__, config.initial_layer
+def _with_initial_layer(model: nn.Module, adapter: Adapter, config: FDRConfig) -> FDRConfig:
+    """The settings with the layer that the host's initial boxes come of."""
+    best = getattr(adapter, "initial_layer", 1)
+    name, layer = type(model).__name__, config.initial_layer or best
+    if layer == 1:
+        return config
     if not getattr(adapter, "fixed_references", False):
         raise UnsupportedModelError(
             f"the decoder layers of this {name} attend by the boxes that the layers before have refined, so that its "
             f"initial boxes have to come of the first layer, and not of layer {layer} (initial_layer)"
         )
     num_layers = len(model.get_submodule(adapter.decoder).layers)  # type: ignore[arg-type]
+    if config.initial_layer is None:
+        return replace(config, initial_layer=min(best, num_layers))
     if layer > num_layers:
         raise UnsupportedModelError(
             f"this {name} has {num_layers} decoder layers, and no layer {layer} (initial_layer)"
         )
+    return config
 
 
 def wrap_criterion(criterion: Criterion, model: nn.Module) -> Criterion:

@@ -47,6 +47,8 @@ class FixedPointAdapter(DetrexAdapter):
     """Base of the adapters for the family. The box head stays, to locate the initial boxes: nothing retires."""
 
     fixed_references = True
+    initial_layer = 2
+    """As of transformers' Conditional-DETR."""
 
     def first_box_head(self, model: Host) -> nn.Module:
         return model.bbox_embed

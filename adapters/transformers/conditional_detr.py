@@ -99,6 +99,8 @@ class ConditionalDetrAdapter(hf.TransformersAdapter):
     }
     loss_class = DeformableDetrGOLSDLoss
     fixed_references = True
+    initial_layer = 2
+    """The first one begins with queries that know nothing of the image, and its boxes are too coarse a frame."""
 
     def check(self, model: host_parts.Host, config: FDRConfig) -> None:
         super().check(model, config)

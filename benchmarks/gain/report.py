@@ -252,9 +252,9 @@ def gains_by_depth(results: Sequence[Result]) -> list[str]:
     return [
         *lines,
         "",
-        "AP of the first decoder layers alone, as `deploy(model, num_layers=k)` leaves them, over the AP of the whole "
-        "baseline, paired. Their latency: `python -m dfine_plugin.benchmarks.latency --num-layers`, on the models that "
-        "`--save-models` keeps.",
+        "AP of the first decoder layers alone, as `deploy(model, num_layers=k)` leaves them (not fewer than "
+        "`initial_layer`), over the AP of the whole baseline, paired. Their latency: "
+        "`python -m dfine_plugin.benchmarks.latency --num-layers`, on the models that `--save-models` keeps.",
     ]
 
 

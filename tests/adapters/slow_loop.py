@@ -92,7 +92,7 @@ class SlowFDR:
         logits: Sequence[Tensor],
     ) -> Predictions:
         """All layers of a host whose references stay fixed: the initial boxes come of the one that the settings say."""
-        frame = delta(states[self.config.initial_layer - 1])
+        frame = delta(states[(self.config.initial_layer or 1) - 1])
         for hidden, of_layer in zip(states, logits, strict=True):
             self.layer(hidden, lambda _: frame, reference, eps, of_layer)
         return self.out

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -327,5 +328,6 @@ def test_settings_come_back(host: Host, tmp_path: Path) -> None:
     randomise_fdr(host, model)
     model.save_pretrained(tmp_path)
     loaded = load_pretrained(tmp_path)
-    assert host.fdr(loaded).config == config
+    assert host.fdr(loaded).config == host.fdr(model).config
+    assert replace(host.fdr(loaded).config, initial_layer=None) == config  # the host's own has been put there
     assert_equal(host, model, loaded)

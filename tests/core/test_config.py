@@ -32,7 +32,7 @@ configs = st.builds(
     class_loss=st.sampled_from(["host", "mal"]),
     trainable=st.sampled_from(["all", "head"]),
     distribution_losses_train=st.sampled_from(["all", "head"]),
-    initial_layer=st.integers(1, 12),
+    initial_layer=st.none() | st.integers(1, 12),
     box_refinement=st.booleans(),
 )
 
@@ -49,12 +49,13 @@ def test_the_papers_recipe() -> None:
     assert config.residual_scale == 1.0
     assert (config.union, config.ddf, config.weighting, config.box_refinement) == (True, True, "nonuniform", False)
     assert config.lqe
+    assert config.initial_layer == 1
     assert FDRConfig.paper(num_bins=16) == dataclasses.replace(config, num_bins=16)
 
 
 def test_the_default_departs_from_the_paper_where_it_was_measured() -> None:
     """In these settings, and in nothing else."""
-    measured = {"residual_scale": 2.0, "lqe": False, "union": False, "ddf": False}
+    measured = {"residual_scale": 2.0, "lqe": False, "union": False, "ddf": False, "initial_layer": None}
     assert dataclasses.replace(FDRConfig.paper(), **measured) == FDRConfig()
 
 
@@ -130,6 +131,15 @@ def test_from_dict_leaves_its_argument_alone() -> None:
     before = dict(written)
     FDRConfig.from_dict(written)
     assert written == before
+
+
+def test_settings_written_before_initial_layer_have_the_first() -> None:
+    """Which they were made with; settings that somebody chooses have the best one known."""
+    written = FDRConfig().to_dict()
+    assert FDRConfig.from_dict(written) == FDRConfig()
+    del written["initial_layer"]
+    assert FDRConfig.from_dict(written) == FDRConfig(initial_layer=1)
+    assert FDRConfig.from_dict({"a": 1.0}) == FDRConfig(a=1.0)
 
 
 def test_unknown_keys_are_refused() -> None:
