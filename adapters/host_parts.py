@@ -151,22 +151,20 @@ def keep_first_layers(
         heads: what the lists of heads are called, in the model, in the decoder or in what holds it.
 
     Raises:
-        ValueError: the decoder does not have so many layers. Nothing is changed.
+        ValueError: the decoder does not have so many layers, or the initial boxes come of a later one. Nothing changes.
     """
     module = model.get_submodule(decoder)
     total = len(module.layers)
     if not isinstance(num_layers, int) or not 1 <= num_layers <= total:
         raise ValueError(f"num_layers must be in [1, {total}], the decoder's layers; got {num_layers!r}")
     if hasattr(module, "fdr"):
-        module.fdr.check_num_layers(num_layers)
+        module.fdr.keep_layers(num_layers)
     module.layers = module.layers[:num_layers]
     for owner in (model, model.get_submodule(decoder.rpartition(".")[0]), module):
         for name in heads:
             of_layers = getattr(owner, name, None)
             if isinstance(of_layers, nn.ModuleList):  # not one head for all layers
                 setattr(owner, name, nn.ModuleList([*of_layers[:num_layers], *of_layers[total:]]))
-    if hasattr(module, "fdr"):
-        module.fdr.keep_layers(num_layers)
 
 
 def sharing_copy(module: nn.Module) -> Any:

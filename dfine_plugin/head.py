@@ -120,7 +120,7 @@ class FDRHead(nn.Module):
         self.config = config or FDRConfig()
         self.num_layers = num_layers
         self.initial_layer = self.config.initial_layer or 1
-        self.check_num_layers(num_layers)
+        self._check_num_layers(num_layers)
         self.residual_scale = self.config.residual_scale
         num_values = self.config.num_bins + 1
         self.refine = nn.ModuleList(DistributionMLP(hidden_dim, 4 * num_values) for _ in range(num_layers))
@@ -167,7 +167,7 @@ class FDRHead(nn.Module):
         dtypes = [parameter.dtype for parameter in mlp.parameters()]  # none where it is quantized
         return mlp(shape.to(dtypes[0]) if dtypes else shape)
 
-    def check_num_layers(self, num_layers: int) -> None:
+    def _check_num_layers(self, num_layers: int) -> None:
         """Raise ``ValueError`` where the layer that the initial boxes come of is not among the first ``num_layers``."""
         if self.initial_layer > num_layers:
             raise ValueError(
@@ -176,7 +176,12 @@ class FDRHead(nn.Module):
             )
 
     def keep_layers(self, num_layers: int) -> None:
-        """Drop all layers but the first ``num_layers``, whose boxes stay as they are."""
+        """Drop all layers but the first ``num_layers``, whose boxes stay as they are.
+
+        Raises:
+            ValueError: the initial boxes come of a later one. Nothing is changed.
+        """
+        self._check_num_layers(num_layers)
         self.refine = self.refine[:num_layers]
         self.quality = self.quality[:num_layers]
         self.gates = self.gates[:num_layers]

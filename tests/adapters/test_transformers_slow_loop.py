@@ -315,21 +315,20 @@ def test_every_loss_term_and_its_gradient(host: Host, settings: dict[str, Any], 
         with pytest.raises(UnsupportedModelError, match="classifies tokens of a text, and class_loss='mal' is for"):
             wrap_decoder(build(host), config)
         return
-    model = wrap_decoder(build(host), config).train()
-    randomise_fdr(host, model)
-    targets = in_double(model, labels(counts))
-    outputs, predictions = run(host, model, targets)
-    compare(host, model, outputs, slow_losses(host, model, outputs, predictions, targets, config))
+    compare_every_loss_term(host, config, counts)
 
 
 @pytest.mark.parametrize("name", [row.name for row in HOSTS if row.fixed_references])
 @pytest.mark.parametrize("layer", [2, 3])
 def test_every_loss_term_with_initial_boxes_of_a_later_layer(name: str, layer: int) -> None:
     host = next(row for row in HOSTS if row.name == name)
-    config = host.config(initial_layer=layer)
+    compare_every_loss_term(host, host.config(initial_layer=layer), (2, 3))
+
+
+def compare_every_loss_term(host: TransformersHost, config: FDRConfig, counts: tuple[int, ...]) -> None:
     model = wrap_decoder(build(host), config).train()
     randomise_fdr(host, model)
-    targets = in_double(model, labels())
+    targets = in_double(model, labels(counts))
     outputs, predictions = run(host, model, targets)
     compare(host, model, outputs, slow_losses(host, model, outputs, predictions, targets, config))
 
