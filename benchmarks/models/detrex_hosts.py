@@ -96,6 +96,8 @@ class PixelsAndLabels(nn.Module):
         height, width = pixel_values.shape[-2:]
         # the hosts move to this device whatever they make
         self.detector.device = pixel_values.device
+        if hasattr(self.detector, "pixel_mean"):  # which one of them uses in the place of its normalizer
+            self.detector.pixel_mean, self.detector.pixel_std = pixel_values.new_zeros(()), pixel_values.new_ones(())
         inputs: list[dict[str, Any]] = [{"image": image, "height": height, "width": width} for image in pixel_values]
         if self.detector.training:
             assert labels is not None

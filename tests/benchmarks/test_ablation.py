@@ -269,6 +269,20 @@ def test_hosts_have_as_many_queries_as_asked_for(host: str) -> None:
     assert boxes.shape[1] == (24 if host.startswith("detrex/") else 12)
 
 
+@pytest.mark.parametrize("host", rows())
+def test_hosts_look_at_the_pixels_that_they_are_given(host: str) -> None:
+    """And do not normalise them a second time."""
+    model = build_host(host, ["a", "b"], num_queries=12).eval()
+    seen: list[torch.Tensor] = []
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    pixels = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        model(pixel_values=pixels)
+    assert torch.equal(seen[0], pixels)
+
+
 @pytest.mark.parametrize("host", [name for name in HOSTS if "/" not in name])
 def test_hosts_of_transformers_have_the_width_that_is_asked_for(host: str) -> None:
     models = [build_host(host, ["a", "b"], 12, width) for width in (64, 128)]
