@@ -95,6 +95,14 @@ def main(
     clip_norm: Annotated[float | None, typer.Option(help="gradient clipping; default: the host's")] = None,
     train_images: Annotated[int, typer.Option(min=1, help="of the shapes")] = 2000,
     val_images: Annotated[int, typer.Option(min=1, help="of the shapes")] = 400,
+    longer: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            help="the first seed's rows as well on a schedule so many times as long: does the baseline go on growing "
+            "there, and does the gain last?",
+        ),
+    ] = None,
     long: Annotated[bool, typer.Option("--long", help=f"at least {LONG_SEEDS} seeds")] = False,
     class_loss: ClassLossOption = "host",
     mosaics: MosaicsOption = 0.0,
@@ -173,10 +181,15 @@ def main(
     runs = [with_row(settings, row, seed, teacher) for seed in range(count) for row in rows]
     models = output / "models" if save_models else None
     results, failures = run_all(runs, output / "runs", jobs, console, models, cluster)
+    after_longer: list[dict[str, Any]] = []
+    if longer is not None:
+        once_more = [with_row(replace(settings, steps=steps * longer), row, 0, teacher) for row in rows]
+        after_longer, failed = run_all(once_more, output / "runs", jobs, console, cluster=cluster)
+        failures += failed
     if os.environ.get("RANK", "0") != "0":
         return
     if results:
-        write_report(results, failures, tuning, output, console)
+        write_report(results, after_longer, failures, tuning, output, console)
     for failure in failures:
         console.print(f"failed: {failure}", markup=False)
     if failures:
@@ -184,22 +197,27 @@ def main(
 
 
 def write_report(
-    results: list[dict[str, Any]], failures: list[str], tuning: dict[str, Any] | None, output: Path, console: Console
+    results: list[dict[str, Any]],
+    longer: list[dict[str, Any]],
+    failures: list[str],
+    tuning: dict[str, Any] | None,
+    output: Path,
+    console: Console,
 ) -> None:
     """Write table, figures and plots to `output`, print the table and, last, the gains with their intervals."""
     from dfine_plugin.benchmarks.gain.plots import plot_ap_over_steps, plot_ap_per_threshold
     from dfine_plugin.benchmarks.gain.report import closing_lines, figures, markdown
 
     command = shlex.join(["python", "-m", "dfine_plugin.benchmarks.ablation", *sys.argv[1:]])
-    table = markdown(results, failures)
+    table = markdown(results, failures, longer)
     output.mkdir(parents=True, exist_ok=True)
     write_text(output / "ablation.md", table)
-    write_json(output / "ablation.json", figures(results, command, tuning, failures))
+    write_json(output / "ablation.json", figures(results, command, tuning, failures, longer))
     plot_ap_over_steps(results, output / "ap_over_steps.png")
     plot_ap_per_threshold(results, output / "ap_per_threshold.png")
     console.print(table.rsplit("\n\n", 1)[0], markup=False, soft_wrap=True)
     console.print(f"\nwritten to {output}: ablation.md, ablation.json, ap_over_steps.png, ap_per_threshold.png")
-    for line in closing_lines(results):
+    for line in closing_lines(results, longer):
         console.print(line, markup=False, soft_wrap=True)
 
 

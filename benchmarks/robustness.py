@@ -92,6 +92,12 @@ def main(
     models = find_models(folder)
     if not any(settings.variant == BASELINE for settings in models):
         raise typer.BadParameter(f"{folder} has no models of a finished ablation with a baseline (--save-models)")
+    comparisons = {replace(settings, variant=BASELINE, seed=0, teacher="") for settings in models}
+    if len(comparisons) > 1:
+        found = ", ".join(f"{one.host} after {one.steps} steps on {Path(one.data).name}" for one in comparisons)
+        raise typer.BadParameter(
+            f"{folder} has models of more than one comparison ({found}): give each its own --output"
+        )
     from dfine_plugin.benchmarks.gain.evaluation import coco_metrics, detect
     from dfine_plugin.benchmarks.gain.plots import plot_robustness
     from dfine_plugin.benchmarks.gain.training import load_data

@@ -2,6 +2,9 @@
 
 A verdict needs a baseline that has converged: before a DETR has learnt one-to-one, better boxes are worse AP, for they
 coincide. It has converged where its AP grows by less than `CONVERGED` of itself over the last quarter of the schedule.
+That tells a schedule which is broken off, not one which is too short: a rate that falls to zero stops any model from
+growing. Whether there is more to be had is for a longer schedule to tell (`longer`: some seeds' runs on one), and where
+the baseline is better by `CONVERGED` for it, the verdict says so.
 
 Two tables. *Equal steps* compares the final metrics. *Equal time* reads each wrapped run's AP at the moment when the
 baseline of the same seed had finished, on the line between its evaluations, and compares that with the baseline's
@@ -77,6 +80,16 @@ def has_converged(results: Sequence[Result]) -> bool:
     return growth is not None and growth < CONVERGED
 
 
+def growth_when_longer(
+    results: Sequence[Result], longer: Sequence[Result], variant: str = BASELINE
+) -> tuple[float, float] | None:
+    """How many times as long the longer schedule is, and by which share the variant's AP is higher after it, mean over
+    the seeds that have both; None where none has."""
+    before, after = by_seed(results, variant, "AP"), by_seed(longer, variant, "AP")
+    shares = [after[seed] / before[seed] - 1 for seed in after if before.get(seed)]
+    return (longer[0]["settings"]["steps"] / results[0]["settings"]["steps"], fmean(shares)) if shares else None
+
+
 def gain(results: Sequence[Result], variant: str, metric: str = "AP") -> PairedDifference | None:
     """The paired difference of `variant` to the baseline at equal steps."""
     return paired_difference(by_seed(results, variant, metric), by_seed(results, BASELINE, metric))
@@ -111,8 +124,11 @@ def options_of(results: Sequence[Result]) -> str:
     return said + "".join(f", taught by {name}" for name in sorted(teachers))
 
 
-def markdown(results: Sequence[Result], failures: Sequence[str] = ()) -> str:
-    """The report as Markdown: equal steps, gains at every metric, equal time, every seed, how it was made."""
+def markdown(results: Sequence[Result], failures: Sequence[str] = (), longer: Sequence[Result] = ()) -> str:
+    """The report as Markdown: equal steps, gains at every metric, equal time, every seed, how it was made.
+
+    `longer` are some seeds' runs on a longer schedule, which have a section of their own.
+    """
     settings = results[0]["settings"]
     variants = variants_of(results)
     lines = [f"## {settings['host']} on {Path(settings['data']).name}", ""]
@@ -157,9 +173,10 @@ def markdown(results: Sequence[Result], failures: Sequence[str] = ()) -> str:
     lines += diagnosis(results)
     lines += gains_by_depth(results)
     lines += losses_over_baseline(results)
+    lines += after_a_longer_schedule(results, longer)
     lines += every_seed(results, failures)
-    lines += states_of_code(results)
-    lines += ["", *closing_lines(results), ""]
+    lines += states_of_code([*results, *longer])
+    lines += ["", *closing_lines(results, longer), ""]
     return "\n".join(lines)
 
 
@@ -190,6 +207,24 @@ def gains_by_class(results: Sequence[Result]) -> list[str]:
         )
         lines.append(table_row([variant if variant == BASELINE else f"{variant}, gain", *cells]))
     return lines
+
+
+def after_a_longer_schedule(results: Sequence[Result], longer: Sequence[Result]) -> list[str]:
+    """A table with AP after either schedule, of the seeds that have both, and the gain there; the lines of Markdown."""
+    if not longer:
+        return []
+    steps = results[0]["settings"]["steps"], longer[0]["settings"]["steps"]
+    header = ["variant", *(f"AP after {n} steps" for n in steps), "growth", f"gain after {steps[1]}"]
+    lines = ["", "### A longer schedule", "", *table_header(header)]
+    for variant in variants_of(longer):
+        after = by_seed(longer, variant, "AP")
+        before = {seed: ap for seed, ap in by_seed(results, variant, "AP").items() if seed in after}
+        grown = growth_when_longer(results, longer, variant)
+        growth = NONE if grown is None else f"{100 * grown[1]:.1f} %"
+        difference = "" if variant == BASELINE else str(gain(longer, variant) or NONE)
+        lines.append(table_row([variant, _figure(before), _figure(after), growth, difference]))
+    seeds = ", ".join(str(seed) for seed in sorted({r["settings"]["seed"] for r in longer}))
+    return [*lines, "", f"Of seeds {seeds}."]
 
 
 def every_seed(results: Sequence[Result], failures: Sequence[str]) -> list[str]:
@@ -294,9 +329,15 @@ def verdict_of(difference: PairedDifference) -> str:
     return "the 95 % interval includes zero: no gain is shown"
 
 
-def closing_lines(results: Sequence[Result]) -> list[str]:
+def closing_lines(results: Sequence[Result], longer: Sequence[Result] = ()) -> list[str]:
     """One sentence a variant: its gain with the interval, and what that shows, if the baseline allows a verdict."""
     lines = []
+    more = growth_when_longer(results, longer)
+    caution = ""
+    if more is not None and more[1] >= CONVERGED:
+        caution = (
+            f", after this schedule: after one {more[0]:g} times as long the baseline has {100 * more[1]:.0f} % more AP"
+        )
     converged, growth = has_converged(results), late_growth(results)
     share = "" if growth is None else f": the baseline's AP grew by {100 * growth:.0f} % of itself in the last quarter"
     for variant in variants_of(results):
@@ -304,12 +345,18 @@ def closing_lines(results: Sequence[Result]) -> list[str]:
         if variant == BASELINE or difference is None:
             continue
         seeds = len(difference.differences)
-        verdict = verdict_of(difference) if converged else f"not converged, no verdict{share}"
+        verdict = verdict_of(difference) + caution if converged else f"not converged, no verdict{share}"
         lines.append(f"{variant}: AP {difference} over {seeds} paired seed{'s' * (seeds > 1)}; {verdict}.")
     return lines
 
 
-def figures(results: Sequence[Result], command: str, tuning: dict[str, Any] | None, failures: Sequence[str]) -> Result:
+def figures(
+    results: Sequence[Result],
+    command: str,
+    tuning: dict[str, Any] | None,
+    failures: Sequence[str],
+    longer: Sequence[Result] = (),
+) -> Result:
     """All that the run found and how, ready for JSON."""
     summary = {}
     for variant in variants_of(results):
@@ -332,4 +379,5 @@ def figures(results: Sequence[Result], command: str, tuning: dict[str, Any] | No
         "summary": summary,
         "failures": list(failures),
         "runs": list(results),
+        "longer": list(longer),
     }

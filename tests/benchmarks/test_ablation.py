@@ -55,7 +55,7 @@ SETTINGS = RunSettings("rt-detr", "baseline", 0, "shapes", 64, steps=10, batch_s
 
 @pytest.mark.slow
 def test_the_command_trains_writes_and_resumes(tmp_path: Path) -> None:
-    arguments = [*SMALL, "--variants=baseline fdr+go-lsd", "--jobs=1", f"--output={tmp_path}"]
+    arguments = [*SMALL, "--variants=baseline fdr+go-lsd", "--jobs=1", "--longer=2", f"--output={tmp_path}"]
     first = CliRunner().invoke(APP, arguments)
     assert first.exit_code == 0, first.output
     for name in ("ablation.md", "ablation.json", "ap_over_steps.png", "ap_per_threshold.png"):
@@ -66,10 +66,12 @@ def test_the_command_trains_writes_and_resumes(tmp_path: Path) -> None:
     assert wrapped["parameters"] > baseline["parameters"]
     assert [point["step"] for point in baseline["curve"]] == SETTINGS.evaluation_steps()
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()}
-    assert len(times) == 2
+    assert len(times) == 4
+    assert [run["settings"]["steps"] for run in figures["longer"]] == [20, 20]
+    assert "| AP after 10 steps | AP after 20 steps |" in (tmp_path / "ablation.md").read_text()
 
     again = CliRunner().invoke(APP, arguments)
-    assert "2 of 2 runs are finished already" in again.output
+    assert again.output.count("2 of 2 runs are finished already") == 2
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()} == times
 
 

@@ -14,6 +14,7 @@ from dfine_plugin.benchmarks.gain.report import (
     diagnosis,
     gains_by_class,
     gains_by_depth,
+    growth_when_longer,
     has_converged,
     late_growth,
     losses_over_baseline,
@@ -89,6 +90,25 @@ def test_the_closing_line_claims_no_more_than_the_interval(gains: list[float], w
     (line,) = closing_lines(runs(gains))
     assert line.startswith("fdr: AP ")
     assert words in line
+
+
+def test_a_longer_schedule_tells_whether_the_first_was_long_enough() -> None:
+    made = runs([1.0, 1.1, 0.9])
+    longer = [result("baseline", 0, 54.0), result("fdr", 0, 54.5)]
+    for run in longer:
+        run["settings"]["steps"] = 80
+    assert growth_when_longer(made, longer) == pytest.approx((4, 0.2))
+    assert growth_when_longer(made, []) is None
+    text = markdown(made, longer=longer)
+    assert "| baseline | 45.0 | 54.0 | 20.0 % |  |" in text
+    assert "| fdr | 46.0 | 54.5 | 18.5 % | +0.50 (1 seed) |" in text
+    (line,) = closing_lines(made, longer)
+    assert (
+        "excludes zero: a gain, after this schedule: after one 4 times as long the baseline has 20 % more AP." in line
+    )
+
+    settled = [result("baseline", 0, 46.0)]
+    assert closing_lines(made, settled) == closing_lines(made)
 
 
 def test_there_is_no_verdict_before_the_baseline_has_converged() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 from dfine_plugin.benchmarks import ablation, robustness
 from dfine_plugin.benchmarks.data.corruptions import CORRUPTIONS, STRENGTHS, corrupt
 from dfine_plugin.benchmarks.data.shapes import make_shapes
+from dfine_plugin.benchmarks.gain.runs import RunSettings, save_run
 from dfine_plugin.benchmarks.robustness import CLEAN, conditions, gains
 
 ABLATION, ROBUSTNESS = Typer(), Typer()
@@ -58,6 +60,17 @@ def test_a_folder_without_models_is_refused(tmp_path: Path) -> None:
     result = CliRunner().invoke(ROBUSTNESS, [str(tmp_path)])
     assert result.exit_code == 2
     assert "--save-models" in result.output
+
+
+def test_models_of_two_comparisons_are_not_taken_for_one(tmp_path: Path) -> None:
+    settings = RunSettings("rt-detr", "baseline", 0, "shapes", 64, steps=10, batch_size=4, learning_rate=1e-3)
+    for one in (settings, replace(settings, variant="fdr"), replace(settings, steps=20)):
+        save_run(tmp_path / "runs", one, {"settings": vars(one)})
+        (tmp_path / "models" / one.key()).mkdir(parents=True)
+    result = CliRunner().invoke(ROBUSTNESS, [str(tmp_path)], env={"COLUMNS": "300"})
+    assert result.exit_code == 2
+    assert "rt-detr after 10 steps on shapes" in result.output
+    assert "rt-detr after 20 steps on shapes" in result.output
 
 
 @pytest.mark.slow
