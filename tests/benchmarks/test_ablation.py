@@ -285,6 +285,22 @@ def test_hosts_look_at_the_pixels_that_they_are_given(host: str) -> None:
     assert torch.equal(seen[0], pixels)
 
 
+@pytest.mark.parametrize("host", [row for row in rows() if row.values[0] == "detrex/dino-eva"])
+def test_dino_with_eva_is_dino_where_neither_has_its_backbone(host: str) -> None:
+    """So that what the one gains is what the other does."""
+    data = make_shapes(2, 64, seed=0)
+    labels = [{"boxes": boxes, "class_labels": torch.zeros(len(boxes), dtype=torch.long)} for boxes in data.boxes]
+    models = [build_model(replace(SETTINGS, host=name, variant="fdr"), data) for name in ("detrex/dino", host)]
+    models[1].load_state_dict(models[0].state_dict())
+    losses = []
+    with without_cuda_calls():
+        for model in models:
+            torch.manual_seed(0)
+            losses.append(model.train()(normalise(data.images), labels).loss_dict)
+    assert losses[0].keys() == losses[1].keys()
+    assert all(torch.equal(loss, losses[1][name]) for name, loss in losses[0].items())
+
+
 @pytest.mark.parametrize("host", [name for name in HOSTS if "/" not in name])
 def test_hosts_of_transformers_have_the_width_that_is_asked_for(host: str) -> None:
     models = [build_host(host, ["a", "b"], 12, width) for width in (64, 128)]
