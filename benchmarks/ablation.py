@@ -2,6 +2,7 @@
 
     python -m dfine_plugin.benchmarks.ablation                       # about a quarter of an hour on two cores
     python -m dfine_plugin.benchmarks.ablation --long                # ten seeds
+    python -m dfine_plugin.benchmarks.ablation --longer 4            # seed 0 on a schedule four times as long as well
     python -m dfine_plugin.benchmarks.ablation --data FOLDER --tune-lr
     torchrun --nproc-per-node 8 -m dfine_plugin.benchmarks.ablation --device cuda
     python -m dfine_plugin.benchmarks.ablation --long --device cuda --ray ray://head:10001 --gpus-per-run 0.25
