@@ -2,7 +2,7 @@
 
     python -m dfine_plugin.benchmarks.ablation                       # about a quarter of an hour on two cores
     python -m dfine_plugin.benchmarks.ablation --long                # ten seeds
-    python -m dfine_plugin.benchmarks.ablation --longer 4            # seed 0 on a schedule four times as long as well
+    python -m dfine_plugin.benchmarks.ablation --longer-schedule 4   # seed 0 on a schedule four times as long as well
     python -m dfine_plugin.benchmarks.ablation --data FOLDER --tune-lr
     torchrun --nproc-per-node 8 -m dfine_plugin.benchmarks.ablation --device cuda
     python -m dfine_plugin.benchmarks.ablation --long --device cuda --ray ray://head:10001 --gpus-per-run 0.25
@@ -96,7 +96,7 @@ def main(
     clip_norm: Annotated[float | None, typer.Option(help="gradient clipping; default: the host's")] = None,
     train_images: Annotated[int, typer.Option(min=1, help="of the shapes")] = 2000,
     val_images: Annotated[int, typer.Option(min=1, help="of the shapes")] = 400,
-    longer: Annotated[
+    longer_schedule: Annotated[
         int | None,
         typer.Option(
             min=2,
@@ -183,8 +183,8 @@ def main(
     models = output / "models" if save_models else None
     results, failures = run_all(runs, output / "runs", jobs, console, models, cluster)
     after_longer: list[dict[str, Any]] = []
-    if longer is not None:
-        once_more = [with_row(replace(settings, steps=steps * longer), row, 0, teacher) for row in rows]
+    if longer_schedule is not None:
+        once_more = [with_row(replace(settings, steps=steps * longer_schedule), row, 0, teacher) for row in rows]
         after_longer, failed = run_all(once_more, output / "runs", jobs, console, cluster=cluster)
         failures += failed
     if os.environ.get("RANK", "0") != "0":

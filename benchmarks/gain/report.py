@@ -223,8 +223,8 @@ def after_a_longer_schedule(results: Sequence[Result], longer: Sequence[Result])
         growth = NONE if grown is None else f"{100 * grown[1]:.1f} %"
         difference = "" if variant == BASELINE else str(gain(longer, variant) or NONE)
         lines.append(table_row([variant, _figure(before), _figure(after), growth, difference]))
-    seeds = ", ".join(str(seed) for seed in sorted({r["settings"]["seed"] for r in longer}))
-    return [*lines, "", f"Of seeds {seeds}."]
+    seeds = sorted({r["settings"]["seed"] for r in longer})
+    return [*lines, "", f"Of seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))} alone."]
 
 
 def every_seed(results: Sequence[Result], failures: Sequence[str]) -> list[str]:

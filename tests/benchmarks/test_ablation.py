@@ -55,7 +55,7 @@ SETTINGS = RunSettings("rt-detr", "baseline", 0, "shapes", 64, steps=10, batch_s
 
 @pytest.mark.slow
 def test_the_command_trains_writes_and_resumes(tmp_path: Path) -> None:
-    arguments = [*SMALL, "--variants=baseline fdr+go-lsd", "--jobs=1", "--longer=2", f"--output={tmp_path}"]
+    arguments = [*SMALL, "--variants=baseline fdr+go-lsd", "--jobs=1", "--longer-schedule=2", f"--output={tmp_path}"]
     first = CliRunner().invoke(APP, arguments)
     assert first.exit_code == 0, first.output
     for name in ("ablation.md", "ablation.json", "ap_over_steps.png", "ap_per_threshold.png"):
