@@ -92,9 +92,12 @@ def main(
     models = find_models(folder)
     if not any(settings.variant == BASELINE for settings in models):
         raise typer.BadParameter(f"{folder} has no models of a finished ablation with a baseline (--save-models)")
-    comparisons = {replace(settings, variant=BASELINE, seed=0, teacher="") for settings in models}
+    comparisons = dict.fromkeys(replace(settings, variant=BASELINE, seed=0, teacher="") for settings in models)
     if len(comparisons) > 1:
-        found = ", ".join(f"{one.host} after {one.steps} steps on {Path(one.data).name}" for one in comparisons)
+        found = ", ".join(
+            f"{one.host} after {one.steps} steps on {Path(one.data).name} at {one.learning_rate:g}"
+            for one in comparisons
+        )
         raise typer.BadParameter(
             f"{folder} has models of more than one comparison ({found}): give each its own --output"
         )
