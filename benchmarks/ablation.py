@@ -26,7 +26,7 @@ from rich.console import Console
 from dfine_plugin.benchmarks.gain.runs import RunSettings, with_row
 from dfine_plugin.benchmarks.gain.scheduling import Cluster, run_all
 from dfine_plugin.benchmarks.gain.variants import BASELINE, DEFAULT_VARIANTS, parse_variants
-from dfine_plugin.benchmarks.models.hosts import HOSTS, WIDTH
+from dfine_plugin.benchmarks.models.hosts import HOSTS, WIDTH, width_of
 from dfine_plugin.benchmarks.options import (
     ClassLossOption,
     MosaicsOption,
@@ -89,8 +89,9 @@ def main(
     image_size: Annotated[int, typer.Option(min=32)] = 96,
     queries: Annotated[int, typer.Option(min=1, help="matched queries of the host")] = 30,
     width: Annotated[
-        int, typer.Option(min=32, help="of the transformer; not for hosts of detrex and MMDetection")
-    ] = WIDTH,
+        int | None,
+        typer.Option(min=32, help=f"of the transformer; default: {WIDTH}, or the only one that a host's code takes"),
+    ] = None,
     lr: Annotated[float | None, typer.Option(help="learning rate; default: the host's")] = None,
     tune_lr: Annotated[bool, typer.Option("--tune-lr", help="tune the rate on the baseline alone first")] = False,
     clip_norm: Annotated[float | None, typer.Option(help="gradient clipping; default: the host's")] = None,
@@ -133,9 +134,12 @@ def main(
     check_data(data)
     if HOSTS[host].calls_cuda and device == "cpu":
         console.print(f"{host} calls .cuda() in its own code: trained without these calls")
-    if width % 32 or (width != WIDTH and host.startswith(("detrex/", "mmdet/"))):
-        wrong = "is no multiple of 32" if width % 32 else f"is not for {host}, whose config has the width"
-        raise typer.BadParameter(f"{width} {wrong}", param_hint="--width")
+    try:
+        width = width_of(host, width)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--width") from error
+    if width % 32:
+        raise typer.BadParameter(f"{width} is no multiple of 32", param_hint="--width")
     if save_models and "/" in host:
         raise typer.BadParameter(
             f"{host} has no save_pretrained: for hosts of transformers", param_hint="--save-models"

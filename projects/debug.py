@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 WIDTH = 256
-"""detrex's hosts compute the queries' positions for this width, whatever their configs say."""
+"""detrex's hosts embed the queries' positions for this width, whatever their configs say."""
 CHANNELS = {"res2": 16, "res3": 32, "res4": 64, "res5": 128}
 
 
@@ -47,6 +47,7 @@ def shrink(
     num_layers: int = 3,
     num_levels: int = 3,
     single_level: str = "res5",
+    width: int = WIDTH,
 ) -> DictConfig:
     """detrex's config of a host with a tiny backbone, few layers and few queries, on the CPU; in place.
 
@@ -59,24 +60,25 @@ def shrink(
         num_layers: of the decoder; the encoder has one.
         num_levels: of features, where the host has several: those of the backbone are three.
         single_level: the feature of a host that has one: res5, of stride 32, as it has at full size, or an earlier one.
+        width: of the transformer. With another than :data:`WIDTH` the caller has to see to the queries' positions.
     """
     has_one_level = "in_features" in model
     features = [single_level] if has_one_level else ["res3", "res4", "res5"]
     model.backbone = L(tiny_backbone)(out_features=features, norm="BN")
-    model.position_embedding.num_pos_feats = WIDTH // 2
+    model.position_embedding.num_pos_feats = width // 2
     if has_one_level:
         model.in_features, model.in_channels = features, CHANNELS[single_level]
     else:
         model.neck.input_shapes = {name: ShapeSpec(channels=CHANNELS[name]) for name in features}
-        model.neck.in_features, model.neck.out_channels = features, WIDTH
+        model.neck.in_features, model.neck.out_channels = features, width
         model.neck.num_outs = num_levels
-        model.neck.norm_layer.num_groups, model.neck.norm_layer.num_channels = 8, WIDTH
+        model.neck.norm_layer.num_groups, model.neck.norm_layer.num_channels = 8, width
         model.transformer.num_feature_levels = num_levels
     for part, layers in (("encoder", 1), ("decoder", num_layers)):
         transformer = model.transformer[part]
-        transformer.embed_dim, transformer.num_heads, transformer.num_layers = WIDTH, 4, layers
-        transformer.feedforward_dim, transformer.attn_dropout, transformer.ffn_dropout = WIDTH, 0.0, 0.0
-    model.embed_dim = WIDTH
+        transformer.embed_dim, transformer.num_heads, transformer.num_layers = width, 4, layers
+        transformer.feedforward_dim, transformer.attn_dropout, transformer.ffn_dropout = width, 0.0, 0.0
+    model.embed_dim = width
     model.num_classes = model.criterion.num_classes = num_classes
     if "num_queries_one2many" in model:
         model.num_queries_one2one, model.num_queries_one2many, model.k_one2many = num_queries, num_queries, 2

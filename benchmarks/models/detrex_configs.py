@@ -20,3 +20,5 @@ CONFIGS = {
 }
 # Of these the training calls .cuda(), whatever the device.
 CALL_CUDA = ("dino", "dn-detr", "align-detr", "focus-detr", "dino-eva")
+# Of these the code has this width of its own, and no other.
+ONLY_WIDTH = {"focus-detr": 256}

@@ -42,8 +42,8 @@ def without_cuda_calls() -> Iterator[None]:
         Tensor.cuda, Tensor.to = cuda, to  # type: ignore[method-assign]
 
 
-def build_detrex_host(name: str, class_names: list[str], num_queries: int) -> nn.Module:
-    """The host of `CONFIGS` with fresh weights.
+def build_detrex_host(name: str, class_names: list[str], num_queries: int, width: int) -> nn.Module:
+    """The host of `CONFIGS` with fresh weights, and a transformer of this width.
 
     Raises:
         ImportError: where detrex is not installed or its checkout not on the path.
@@ -52,7 +52,7 @@ def build_detrex_host(name: str, class_names: list[str], num_queries: int) -> nn
         from detectron2.config import instantiate
 
         from dfine_plugin.projects.common import detrex_config
-        from dfine_plugin.projects.debug import shrink
+        from dfine_plugin.projects.debug import WIDTH, shrink
 
         config = detrex_config(CONFIGS[name]).model
     except (ImportError, FileNotFoundError) as error:
@@ -61,7 +61,7 @@ def build_detrex_host(name: str, class_names: list[str], num_queries: int) -> nn
             f"checkout on PYTHONPATH: {error}"
         ) from error
     levels = FOCUS_LEVELS if name == "focus-detr" else 3
-    shrink(config, len(class_names), num_queries, num_levels=levels, single_level=SINGLE_LEVEL)
+    shrink(config, len(class_names), num_queries, num_levels=levels, single_level=SINGLE_LEVEL, width=width)
     if "group_nums" in config:
         config.group_nums = NUM_GROUPS
     config.select_box_nums_for_evaluation = min(num_queries * len(class_names), MAX_DETECTIONS)
@@ -69,7 +69,33 @@ def build_detrex_host(name: str, class_names: list[str], num_queries: int) -> nn
     if name == "focus-detr":
         for layer in model.transformer.encoder.layers:
             layer.topk_sa = FOCUS_TOKENS
+    if width != WIDTH:
+        _embed_positions_for(width, model)
     return PixelsAndLabels(model)
+
+
+def _embed_positions_for(width: int, detector: Any) -> None:
+    """Have the queries' positions embedded for a transformer of this width whenever the detector runs.
+
+    detrex's code leaves the number of their features to the functions' default, which is right for a width of 256. The
+    functions are those of all detrex's models, and have their own default again in between.
+    """
+    from detrex.layers.position_embedding import get_sine_pos_embed
+
+    of_proposals = getattr(type(detector.transformer), "get_proposal_pos_embed", None)
+    functions: list[Any] = [get_sine_pos_embed, *([of_proposals] if of_proposals else [])]
+    defaults = [function.__defaults__ for function in functions]
+
+    def narrow(*_: Any) -> None:
+        for function, own in zip(functions, defaults, strict=True):
+            function.__defaults__ = (width // 2, *own[1:])
+
+    def restore(*_: Any) -> None:
+        for function, own in zip(functions, defaults, strict=True):
+            function.__defaults__ = own
+
+    detector.register_forward_pre_hook(narrow)
+    detector.register_forward_hook(restore, always_call=True)
 
 
 def _as_they_are(pixels: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from dfine_plugin.benchmarks.models.detrex_configs import CALL_CUDA, CONFIGS
+from dfine_plugin.benchmarks.models.detrex_configs import CALL_CUDA, CONFIGS, ONLY_WIDTH
 
 if TYPE_CHECKING:
     from torch import nn
@@ -33,6 +33,7 @@ class Host:
     clip_norm: float = 0.1
     calls_cuda: bool = False  # in its own training code, whatever the device
     bare_learns_by_mal: bool = True  # with --class-loss mal
+    only_width: int | None = None  # that its code takes
 
 
 HOSTS: dict[str, Host] = {}
@@ -55,11 +56,27 @@ def host(name: str, learning_rate: float, bare_learns_by_mal: bool = True) -> Ca
     return register
 
 
-def build_host(name: str, class_names: list[str], num_queries: int = 30, width: int = WIDTH) -> nn.Module:
-    """The host `name` with fresh weights from torch's global generator, drawn as its authors draw them."""
+def build_host(name: str, class_names: list[str], num_queries: int = 30, width: int | None = None) -> nn.Module:
+    """The host `name` with fresh weights from torch's global generator, drawn as its authors draw them.
+
+    Raises:
+        ValueError: where there is no such host, or its code takes another width only.
+    """
     if name not in HOSTS:
         raise ValueError(f"unknown host {name!r}; known are {', '.join(HOSTS)}")
-    return HOSTS[name].build(class_names, num_queries, width)
+    return HOSTS[name].build(class_names, num_queries, width_of(name, width))
+
+
+def width_of(name: str, asked: int | None = None) -> int:
+    """The width of the host's transformer: what is asked for, else :data:`WIDTH`, or the only one that its code takes.
+
+    Raises:
+        ValueError: where its code does not take what is asked for.
+    """
+    only = HOSTS[name].only_width
+    if only and asked not in (None, only):
+        raise ValueError(f"{asked} is not for {name}, whose code takes a width of {only} only")
+    return asked or only or WIDTH
 
 
 def _labels(class_names: list[str]) -> dict[str, Any]:
@@ -299,23 +316,16 @@ def mm_grounding_dino(class_names: list[str], num_queries: int, width: int) -> n
     return PromptedMMGroundingDinoForObjectDetection(config)
 
 
-def _check_width(width: int) -> None:
-    if width != WIDTH:
-        raise ValueError(f"hosts of detrex and MMDetection have the width of their configs, and not {width}")
-
-
 def _detrex(name: str, class_names: list[str], num_queries: int, width: int) -> nn.Module:
     from dfine_plugin.benchmarks.models.detrex_hosts import build_detrex_host
 
-    _check_width(width)
-    return build_detrex_host(name, class_names, num_queries)
+    return build_detrex_host(name, class_names, num_queries, width)
 
 
 def _mmdet(kind: str, class_names: list[str], num_queries: int, width: int) -> nn.Module:
     from dfine_plugin.benchmarks.models.mmdet_hosts import build_mmdet_host
 
-    _check_width(width)
-    return build_mmdet_host(kind, class_names, num_queries)
+    return build_mmdet_host(kind, class_names, num_queries, width)
 
 
 def _rtdetr(version: int, class_names: list[str], num_queries: int, width: int) -> nn.Module:
@@ -331,4 +341,9 @@ for _name, _version in {"rt-detr": 1, "rt-detr-v2": 2}.items():
 for _name, _kind, _rate in (("deformable-detr", "DeformableDETR", 2e-3), ("dino", "DINO", 8e-3)):
     HOSTS[f"mmdet/{_name}"] = Host(partial(_mmdet, _kind), learning_rate=_rate, bare_learns_by_mal=False)
 for _name in CONFIGS:
-    HOSTS[f"detrex/{_name}"] = Host(partial(_detrex, _name), learning_rate=1e-3, calls_cuda=_name in CALL_CUDA)
+    HOSTS[f"detrex/{_name}"] = Host(
+        partial(_detrex, _name),
+        learning_rate=1e-3,
+        calls_cuda=_name in CALL_CUDA,
+        only_width=ONLY_WIDTH.get(_name),
+    )

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchvision.ops import box_convert
 
 
-def small_config(kind: str, num_classes: int, num_queries: int, width: int = 64) -> dict[str, Any]:
+def small_config(kind: str, num_classes: int, num_queries: int, width: int) -> dict[str, Any]:
     """The model of one of MMDetection's configs of this kind, DeformableDETR (refining, one stage) or DINO, small.
 
     Three levels, an encoder layer and three decoder layers; the backbone is a ResNet-18 of an eighth of the channels,
@@ -103,13 +103,13 @@ def build_model(config: dict[str, Any]) -> nn.Module:
     return model
 
 
-def build_mmdet_host(kind: str, class_names: list[str], num_queries: int) -> nn.Module:
-    """The host of this kind with fresh weights.
+def build_mmdet_host(kind: str, class_names: list[str], num_queries: int, width: int) -> nn.Module:
+    """The host of this kind with fresh weights, and a transformer of this width.
 
     Raises:
         ImportError: where MMDetection is not installed.
     """
-    return PixelsAndLabels(build_model(small_config(kind, len(class_names), num_queries)))
+    return PixelsAndLabels(build_model(small_config(kind, len(class_names), num_queries, width)))
 
 
 class PixelsAndLabels(nn.Module):

@@ -20,7 +20,7 @@ from transformers import AutoImageProcessor
 from typer import Typer
 from typer.testing import CliRunner
 
-from dfine_plugin import FDRConfig, adapters, load_pretrained, make_mosaics, wrap_decoder
+from dfine_plugin import FDRConfig, FDRHead, adapters, load_pretrained, make_mosaics, wrap_decoder
 from dfine_plugin.benchmarks import ablation
 from dfine_plugin.benchmarks.ablation import main
 from dfine_plugin.benchmarks.data.detection_data import normalise
@@ -41,7 +41,7 @@ from dfine_plugin.benchmarks.gain.runs import (
 from dfine_plugin.benchmarks.gain.training import build_model, load_data
 from dfine_plugin.benchmarks.gain.variants import fdr_settings, parse_variants
 from dfine_plugin.benchmarks.models.detrex_hosts import without_cuda_calls
-from dfine_plugin.benchmarks.models.hosts import HOSTS, build_host
+from dfine_plugin.benchmarks.models.hosts import HOSTS, WIDTH, build_host, width_of
 from dfine_plugin.benchmarks.models.rtdetr_hosts import missing as rtdetr_missing
 from dfine_plugin.benchmarks.trained_hosts import TRAINED
 
@@ -174,7 +174,10 @@ def test_a_rate_that_does_not_train_bounds_the_grid(monkeypatch: pytest.MonkeyPa
         (["--data=nowhere"], "there is no nowhere/instances_train.json and no nowhere/instances_val.json"),
         (["--device=gpu"], "'gpu' is neither cpu nor cuda"),
         (["--width=72"], "72 is no multiple of 32"),
-        (["--host=detrex/dino", "--width=128"], "128 is not for detrex/dino, whose config has the width"),
+        (
+            ["--host=detrex/focus-detr", "--width=128"],
+            "128 is not for detrex/focus-detr, whose code takes a width of 256",
+        ),
         (["--variants=baseline taught"], "the row taught learns from one"),
         ([f"--teacher={TRAINED / 'rt-detr'}"], "no row learns from one, as 'taught' does"),
         (["--variants=taught", f"--teacher={TRAINED / 'rt-detr'}"], "rt-detr is not wrapped: its boxes come from no"),
@@ -252,8 +255,9 @@ def rows() -> list[Any]:
 @pytest.mark.parametrize("host", rows())
 def test_twins_share_the_weights_of_all_they_share(host: str) -> None:
     data = make_shapes(1, 64, seed=0)
-    baseline = build_model(replace(SETTINGS, host=host), data).state_dict()
-    wrapped = build_model(replace(SETTINGS, host=host, variant="fdr+go-lsd"), data).state_dict()
+    settings = replace(SETTINGS, host=host, width=width_of(host))
+    baseline = build_model(settings, data).state_dict()
+    wrapped = build_model(replace(settings, variant="fdr+go-lsd"), data).state_dict()
     shared = baseline.keys() & wrapped.keys()
     # All but the box heads, which FDR replaces.
     heads = "bbox_embed", "reg_branches", "dec_bbox_head"
@@ -301,20 +305,35 @@ def test_dino_with_eva_is_dino_where_neither_has_its_backbone(host: str) -> None
     assert all(torch.equal(loss, losses[1][name]) for name, loss in losses[0].items())
 
 
-@pytest.mark.parametrize("host", [name for name in HOSTS if "/" not in name])
-def test_hosts_of_transformers_have_the_width_that_is_asked_for(host: str) -> None:
-    models = [build_host(host, ["a", "b"], 12, width) for width in (64, 128)]
-    widths = [wrap_decoder(model).get_submodule("model.decoder.fdr.refine.0.0").in_features for model in models]
-    assert widths == [64, 128]
-    assert torch.isfinite(models[1].eval()(pixel_values=torch.rand(1, 3, 64, 64)).pred_boxes).all()
+@pytest.mark.parametrize("host", [row for row in rows() if HOSTS[row.values[0]].only_width is None])
+def test_hosts_have_the_width_that_is_asked_for(host: str) -> None:
+    models: list[Any] = [build_host(host, ["a", "b"], 12, width) for width in (64, 128)]
+    outputs = [model.eval()(pixel_values=torch.rand(1, 3, 64, 64)).pred_boxes for model in models]
+    assert all(torch.isfinite(boxes).all() for boxes in outputs)
+    wrapped = [wrap_decoder(getattr(model, "detector", model)) for model in models]
+    heads = [next(module for module in model.modules() if isinstance(module, FDRHead)) for model in wrapped]
+    assert [head.refine[0][0].in_features for head in heads] == [64, 128]
 
 
-def test_hosts_of_other_libraries_have_their_own_width() -> None:
-    for host in ("detrex/dino", "mmdet/dino"):
-        with pytest.raises(
-            ValueError, match="hosts of detrex and MMDetection have the width of their configs, and not 96"
-        ):
-            build_host(host, ["a"], 12, 96)
+def test_hosts_whose_code_takes_one_width_have_that() -> None:
+    assert (width_of("rt-detr"), width_of("rt-detr", 128)) == (WIDTH, 128)
+    assert width_of("detrex/focus-detr") == width_of("detrex/focus-detr", 256) == 256
+    with pytest.raises(ValueError, match="96 is not for detrex/focus-detr, whose code takes a width of 256 only"):
+        build_host("detrex/focus-detr", ["a"], 12, 96)
+
+
+@pytest.mark.parametrize("host", [row for row in rows() if row.values[0] == "detrex/h-deformable-detr"])
+def test_a_narrow_host_of_detrex_leaves_wide_ones_as_they_are(host: str) -> None:
+    """Its positions are embedded by functions of all of detrex's models."""
+    pixels = torch.rand(1, 3, 64, 64)
+    wide: Any = build_host(host, ["a", "b"], 12, 256).eval()
+    before = wide(pixel_values=pixels).pred_boxes
+    narrow: Any = build_host(host, ["a", "b"], 12, 64).eval()
+    narrow(pixel_values=pixels)
+    assert torch.equal(wide(pixel_values=pixels).pred_boxes, before)
+    with pytest.raises(AttributeError):
+        narrow.detector([{"image": None}])
+    assert torch.equal(wide(pixel_values=pixels).pred_boxes, before)
 
 
 @pytest.mark.parametrize("host", [row for row in rows() if row.values[0].removeprefix("detrex/") in ONE_LEVEL])

@@ -25,7 +25,7 @@ from dfine_plugin.benchmarks.gain.evaluation import coco_metrics, detect
 from dfine_plugin.benchmarks.gain.runs import RunSettings
 from dfine_plugin.benchmarks.gain.training import build_model
 from dfine_plugin.benchmarks.models.detrex_hosts import without_cuda_calls
-from dfine_plugin.benchmarks.models.hosts import HOSTS
+from dfine_plugin.benchmarks.models.hosts import HOSTS, width_of
 from dfine_plugin.wrapping import predict_distributions
 
 from .test_ablation import rows
@@ -109,7 +109,9 @@ def test_suppression_is_within_an_image_and_a_class() -> None:
 @pytest.mark.parametrize("variant", ["baseline", "fdr+go-lsd"])
 @pytest.mark.parametrize("host", rows())
 def test_the_last_layer_is_what_the_model_predicts(host: str, variant: str) -> None:
-    settings = RunSettings(host, variant, 0, "shapes", 64, steps=1, batch_size=2, learning_rate=1e-3)
+    settings = RunSettings(
+        host, variant, 0, "shapes", 64, steps=1, batch_size=2, learning_rate=1e-3, width=width_of(host)
+    )
     data = make_shapes(4, 64, seed=3)
     model = build_model(settings, data).eval()
     # box heads start at zero, and layers alike
