@@ -33,9 +33,10 @@ def diagnose(model: nn.Module, data: DetectionData, batch_size: int, device: tor
     """What the final metrics do not tell, in percent unless it says otherwise.
 
     AP of every decoder layer, and of the initial boxes of a wrapped model; of the last layer AP after NMS at an IoU of
-    0.7, AP if detections were ranked by their true IoU (what the boxes allow, were their scores right), recall at IoUs
-    of 0.5 and 0.75, and the number of near duplicates of each truth that is found, itself included (1 is the best). Of
-    a wrapped model also AP if every box were the best that its initial box and the bins allow (:func:`within_bins`).
+    0.7, AP if what NMS leaves were ranked by its true IoU (what the boxes allow, were their scores right), recall at
+    IoUs of 0.5 and 0.75, and the number of near duplicates of each truth that is found, itself included (1 is the
+    best). Of a wrapped model also AP if every box were the best that its initial box and the bins allow
+    (:func:`within_bins`).
     """
     was_training = model.training
     model.eval()
@@ -56,10 +57,12 @@ def diagnose(model: nn.Module, data: DetectionData, batch_size: int, device: tor
     model.train(was_training)
     detections = {name: np.concatenate(parts) for name, parts in layers.items()}
     last = detections[list(detections)[-1]]
+    single = without_duplicates(last)
     found = {
         "AP_by_layer": {name: coco_metrics(rows, data.coco, data.sides)["AP"] for name, rows in detections.items()},
-        "AP_after_NMS": coco_metrics(without_duplicates(last), data.coco, data.sides)["AP"],
-        "AP_ranked_by_IoU": coco_metrics(ranked_by_iou(last, data.coco), data.coco, data.sides)["AP"],
+        "AP_after_NMS": coco_metrics(single, data.coco, data.sides)["AP"],
+        # of all detections the truths' near duplicates would come before the next truth
+        "AP_after_NMS_ranked_by_IoU": coco_metrics(ranked_by_iou(single, data.coco), data.coco, data.sides)["AP"],
         **overlaps(last, data.coco),
     }
     if frames:

@@ -31,7 +31,7 @@ METRICS = ("AP", "AP50", "AP75", "AP90", "APs", "APm", "APl")
 CONVERGED = 0.05
 DIAGNOSIS = {
     "AP_after_NMS": "AP after NMS 0.7",
-    "AP_ranked_by_IoU": "AP ranked by true IoU",
+    "AP_after_NMS_ranked_by_IoU": "and ranked by true IoU",
     "near_duplicates": "near duplicates",
     "recall50": "recall at 0.5",
     "recall75": "recall at 0.75",

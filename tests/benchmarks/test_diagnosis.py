@@ -77,6 +77,16 @@ def test_ranked_by_iou_the_better_box_comes_first() -> None:
     np.testing.assert_array_equal(ranked[:, :5], detections[:, :5])
 
 
+def test_without_duplicates_the_right_ranking_finds_every_truth_first() -> None:
+    """With them it does not: those of the one truth come before the other."""
+    others = [60.0, 60.0, 20.0, 20.0]
+    detections = np.array([row(TRUTH, 0.9), row([10.0, 11.0, 20.0, 20.0], 0.8), row([60.0, 62.0, 20.0, 20.0], 0.2)])
+    truths = coco(TRUTH, others, area=400.0, iscrowd=0)
+    truths["categories"] = [{"id": 1, "name": "shape"}]
+    assert coco_metrics(ranked_by_iou(without_duplicates(detections), truths), truths)["AP50"] == pytest.approx(100)
+    assert coco_metrics(ranked_by_iou(detections, truths), truths)["AP50"] < 99
+
+
 def test_the_best_box_is_the_truth_as_far_as_edges_can_move() -> None:
     weights = FDRConfig(a=0.125).bin_values()  # edges move by a quarter of a side at most
     truths = coco(TRUTH, [60.0, 60.0, 20.0, 20.0])
@@ -149,7 +159,11 @@ def test_the_last_layers_ap_is_that_of_the_evaluation() -> None:
     data = make_shapes(5, 64, seed=3)
     model = build_model(settings, data)
     found = diagnose(model, data, 2, torch.device("cpu"))
-    expected = coco_metrics(detect(model, data, 2, torch.device("cpu")), data.coco, data.sides)["AP"]
+    detections = detect(model, data, 2, torch.device("cpu"))
+    expected = coco_metrics(detections, data.coco, data.sides)["AP"]
     assert found["AP_by_layer"]["layer 3"] == pytest.approx(expected, abs=1e-6)
+    ranked = ranked_by_iou(without_duplicates(detections), data.coco)
+    expected = coco_metrics(ranked, data.coco, data.sides)["AP"]
+    assert found["AP_after_NMS_ranked_by_IoU"] == pytest.approx(expected, abs=1e-6)
     assert found["AP_within_bins"] >= found["AP_by_layer"]["layer 3"]
     assert model.training

@@ -136,7 +136,7 @@ def test_the_diagnosis_has_each_layer_of_each_variant() -> None:
     for run, layers in zip(both, ({"layer 1": 30.0}, {"initial boxes": 20.0, "layer 1": 31.0}), strict=True):
         rest = {
             "AP_after_NMS": 41.0,
-            "AP_ranked_by_IoU": 60.0,
+            "AP_after_NMS_ranked_by_IoU": 60.0,
             "near_duplicates": 1.25,
             "recall50": 90.0,
             "recall75": 70.0,
@@ -144,7 +144,7 @@ def test_the_diagnosis_has_each_layer_of_each_variant() -> None:
         run["diagnosis"] = {"AP_by_layer": layers, **rest}
     both[1]["diagnosis"]["AP_within_bins"] = 98.0
     lines = diagnosis(both)
-    assert "| variant | AP, initial boxes | AP, layer 1 | AP after NMS 0.7 | AP ranked by true IoU |" in lines[3]
+    assert "| variant | AP, initial boxes | AP, layer 1 | AP after NMS 0.7 | and ranked by true IoU |" in lines[3]
     assert lines[5:7] == [
         "| baseline | - | 30.0 | 41.0 | 60.0 | 1.25 | 90.0 | 70.0 | - |",
         "| fdr | 20.0 | 31.0 | 41.0 | 60.0 | 1.25 | 90.0 | 70.0 | 98.0 |",
