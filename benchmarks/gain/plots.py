@@ -1,4 +1,5 @@
-"""Plots of AP over steps, per IoU threshold and on spoilt images, with the seeds' spread; and of edges' deviations."""
+"""Plots of AP over steps, per IoU threshold and on spoilt images, with the seeds' spread; of all gains with their
+intervals; and of edges' deviations."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import matplotlib
 import numpy as np
 
 from dfine_plugin.benchmarks.gain.evaluation import IOU_THRESHOLDS
+from dfine_plugin.benchmarks.gain.paired import PairedDifference
 from dfine_plugin.benchmarks.gain.report import variants_of
 from dfine_plugin.benchmarks.gain.variants import BASELINE
 from dfine_plugin.benchmarks.reporting import Result, save_figure
@@ -62,6 +64,28 @@ def plot_ap_per_threshold(results: Sequence[Result], path: Path) -> None:
     top.legend()
     for axes in (top, bottom):
         axes.grid(alpha=0.3)
+    save_figure(figure, path)
+
+
+def plot_gains(gains: Mapping[str, PairedDifference], path: Path) -> None:
+    """A line for each title, from the top: the gain in AP and its 95 % interval, in colour where that excludes zero."""
+    figure, axes = plt.subplots(figsize=(7, 1 + 0.28 * len(gains)), layout="constrained")
+    for place, difference in enumerate(gains.values()):
+        colour = "tab:gray" if not difference.excludes_zero else "tab:blue" if difference.mean > 0 else "tab:red"
+        axes.errorbar(
+            difference.mean, place, xerr=difference.half_width, fmt="o", color=colour, capsize=3, markersize=4
+        )
+        axes.scatter(
+            list(difference.differences.values()), [place] * len(difference.differences), s=6, color=colour, alpha=0.5
+        )
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set(
+        xlabel="gain in AP (mean, 95 % interval, and each seed)",
+        yticks=range(len(gains)),
+        ylim=(len(gains) - 0.5, -0.5),
+    )
+    axes.set_yticklabels(list(gains), fontsize=8)
+    axes.grid(alpha=0.3, axis="x")
     save_figure(figure, path)
 
 

@@ -1,0 +1,126 @@
+"""All gains at a glance: a row for each report of the ablation or the retrofit, and a plot of the intervals.
+
+python -m dfine_plugin.benchmarks.overview benchmarks/results/*/ablation.json benchmarks/results/*/retrofit.json
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Annotated
+
+import typer
+
+from dfine_plugin.benchmarks.compare import read_rows
+from dfine_plugin.benchmarks.gain.paired import PairedDifference
+from dfine_plugin.benchmarks.gain.report import by_seed, gain, late_growth, options_of, variants_of
+from dfine_plugin.benchmarks.gain.variants import BASELINE
+from dfine_plugin.benchmarks.reporting import NONE, Result, table_header, table_row, write_text
+
+RECOMMENDED = "default fdr calibrated"
+"""What the ablation and the retrofit call a host with the settings that are the default."""
+METRICS = ("AP", "AP50", "AP90")
+
+
+@dataclass(frozen=True)
+class Gain:
+    """What one row of a report gains over the baseline beside it, paired by seed."""
+
+    title: str
+    report: Path
+    steps: int
+    from_scratch: bool
+    baseline: float  # its mean AP
+    growth: float | None  # of the baseline's AP over the last quarter, as a share of itself
+    by_metric: dict[str, PairedDifference]
+
+
+def gains_of(report: Path, rows: list[str]) -> list[Gain]:
+    """The gains of those rows that the report has.
+
+    Raises:
+        ValueError: it is no report of the ablation or the retrofit.
+    """
+    results = read_rows(report)
+    wanted = [variant for variant in variants_of(results) if variant in rows and variant != BASELINE]
+    found = []
+    for variant in wanted:
+        differences = {metric: gain(results, variant, metric) for metric in METRICS}
+        by_metric = {metric: difference for metric, difference in differences.items() if difference is not None}
+        if "AP" not in by_metric:
+            continue
+        baseline = by_seed(results, BASELINE, "AP")
+        settings = results[0]["settings"]
+        found.append(
+            Gain(
+                title=title_of(results) + (f", {variant}" if len(wanted) > 1 else ""),
+                report=report,
+                steps=settings["steps"],
+                from_scratch=not settings.get("trained"),
+                baseline=fmean(baseline[seed] for seed in by_metric["AP"].differences),
+                growth=late_growth(results),
+                by_metric=by_metric,
+            )
+        )
+    return found
+
+
+def title_of(results: list[Result]) -> str:
+    """The host, whether it was trained before, its data where they are no shapes, and what else all rows share."""
+    settings = results[0]["settings"]
+    trained = "trained " if settings.get("trained") else ""
+    data = Path(settings["data"]).name
+    return (
+        trained + settings["host"].replace("_", "-") + (f" on {data}" if data != "shapes" else "") + options_of(results)
+    )
+
+
+def in_order(gains: list[Gain]) -> list[Gain]:
+    """Hosts from scratch first, and of each kind those that gain most."""
+    return sorted(gains, key=lambda row: (not row.from_scratch, -row.by_metric["AP"].mean))
+
+
+def markdown(gains: list[Gain], folder: Path) -> str:
+    """The table, its links relative to the folder; bold is an interval that excludes zero."""
+    header = ["host", "steps", "seeds", "baseline's AP", "its growth at the end", *(f"gain in {m}" for m in METRICS)]
+    lines = table_header(header)
+    for row in gains:
+        link = Path(os.path.relpath(row.report.with_suffix(".md"), folder)).as_posix()
+        growth = NONE if row.growth is None else f"{100 * row.growth:.1f} %"
+        cells = [f"[{row.title}]({link})", f"{row.steps:,}", str(len(row.by_metric["AP"].differences))]
+        cells += [f"{row.baseline:.1f}", growth]
+        for metric in METRICS:
+            difference = row.by_metric.get(metric)
+            bold = "**" if difference is not None and difference.excludes_zero else ""
+            cells.append(f"{bold}{difference or NONE}{bold}")
+        lines.append(table_row(cells))
+    return "\n".join(lines)
+
+
+def main(
+    reports: Annotated[list[Path], typer.Argument(help="ablation.json and retrofit.json", exists=True, dir_okay=False)],
+    rows: Annotated[str, typer.Option(help="of the reports, parted by blanks")] = RECOMMENDED,
+    output: Annotated[Path, typer.Option(help="folder for table and plot", file_okay=False)] = Path("overview"),
+) -> None:
+    """Print what each report's rows gain over the baseline beside them, with 95 % intervals over paired seeds."""
+    try:
+        gains = in_order([row for report in reports for row in gains_of(report, rows.split())])
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    if not gains:
+        raise typer.BadParameter(
+            f"no report has a row {' or '.join(rows.split())} beside a baseline", param_hint="--rows"
+        )
+    from dfine_plugin.benchmarks.gain.plots import plot_gains
+
+    table = markdown(gains, output)
+    output.mkdir(parents=True, exist_ok=True)
+    write_text(output / "overview.md", table + "\n")
+    plot_gains({row.title + f", {row.steps:,} steps": row.by_metric["AP"] for row in gains}, output / "overview.png")
+    typer.echo(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)

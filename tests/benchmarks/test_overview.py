@@ -1,0 +1,105 @@
+"""All gains at a glance: against scipy's paired t-test, and as published."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from scipy.stats import ttest_rel
+from typer import Typer
+from typer.testing import CliRunner
+
+from dfine_plugin.benchmarks import overview
+
+from .test_report import BASELINE, result
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def run(*arguments: str | Path) -> tuple[int, str]:
+    app = Typer(rich_markup_mode=None)
+    app.command()(overview.main)
+    outcome = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return outcome.exit_code, outcome.output
+
+
+def write(folder: Path, rows: dict[str, list[float]], **settings: Any) -> Path:
+    """A report with these gains of each row and seed."""
+    runs = [result("baseline", seed, ap) for seed, ap in BASELINE.items()]
+    runs += [result(row, seed, BASELINE[seed] + gain) for row, gains in rows.items() for seed, gain in enumerate(gains)]
+    for of_run in runs:
+        of_run["settings"].update(settings)
+    folder.mkdir()
+    path = folder / "ablation.json"
+    path.write_text(json.dumps({"runs": runs}))
+    return path
+
+
+def test_a_line_for_each_report_and_the_largest_gain_first(tmp_path: Path) -> None:
+    gains = {"a": [1.0, 1.2, 0.9, 1.1], "b": [3.0, -2.0, 8.0, 1.0], "c": [9.0, 9.1, 9.2, 8.9]}
+    reports = [
+        write(tmp_path / "a", {"fdr": gains["a"], "fdr+go-lsd": gains["c"]}),
+        write(tmp_path / "b", {"default": gains["b"]}, host="deformable_detr", width=128),
+        write(tmp_path / "c", {"calibrated": gains["c"]}, trained="rt-detr", data="data/bccd"),
+    ]
+    code, output = run(*reports, "--output", tmp_path / "all")
+    assert code == 0, output
+    _, _, *lines = output.strip().splitlines()
+    intervals = [
+        ttest_rel([BASELINE[s] + g for s, g in enumerate(of)], list(BASELINE.values())) for of in gains.values()
+    ]
+    limits = [interval.confidence_interval(0.95) for interval in intervals]
+    written = [f"{(low + high) / 2:+.2f} ± {(high - low) / 2:.2f}" for low, high in limits]
+    ap = f"{sum(BASELINE.values()) / 4:.1f}"
+    assert [line.split(" | ")[:6] for line in lines] == [
+        ["| [deformable-detr, width 128](../b/ablation.md)", "20", "4", ap, "2.0 %", written[1]],
+        ["| [rt-detr](../a/ablation.md)", "20", "4", ap, "2.0 %", f"**{written[0]}**"],
+        ["| [trained rt-detr on bccd](../c/ablation.md)", "20", "4", ap, "2.0 %", f"**{written[2]}**"],
+    ]
+    assert (tmp_path / "all" / "overview.md").read_text() == output
+    assert (tmp_path / "all" / "overview.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_rows_that_are_asked_for_are_named(tmp_path: Path) -> None:
+    report = write(tmp_path / "a", {"fdr": [1.0, 1.2], "N=16": [0.5, 0.6], "lqe": [0.1, 0.2]})
+    code, output = run(report, "--rows", "N=16 fdr", "--output", tmp_path / "all")
+    assert code == 0, output
+    assert re.findall(r"\[(.*)\]", output) == ["rt-detr, fdr", "rt-detr, N=16"]
+
+
+def test_what_is_no_report_or_has_no_such_row_is_told(tmp_path: Path) -> None:
+    other = tmp_path / "other.json"
+    other.write_text("{}")
+    code, output = run(other, "--output", tmp_path / "all")
+    assert code == 2
+    assert "is no report of the ablation or the retrofit" in " ".join(output.replace("│", " ").split())
+    code, output = run(write(tmp_path / "a", {"lqe": [0.1, 0.2]}), "--output", tmp_path / "all")
+    assert code == 2
+    assert "no report has a row default or fdr or calibrated beside a baseline" in " ".join(
+        output.replace("│", " ").split()
+    )
+    assert not (tmp_path / "all").exists()
+
+
+def test_the_published_overview_is_that_of_the_published_reports(tmp_path: Path) -> None:
+    published = (RESULTS / "overview" / "overview.md").read_text()
+    reports = [RESULTS / "overview" / link for link in re.findall(r"\((\S+)\.md\)", published)]
+    code, output = run(*(path.with_suffix(".json").resolve() for path in reports), "--output", tmp_path)
+    assert code == 0, output
+
+    def without_links(table: str) -> str:
+        return re.sub(r"\(\S+\.md\)", "", table)
+
+    assert without_links(output) == without_links(published)
+
+
+def test_the_figures_in_the_readme_are_those_of_the_published_reports() -> None:
+    published = "".join(path.read_text() for path in RESULTS.glob("*/*.md"))
+    readme = (ROOT / "README.md").read_text().replace("&nbsp;", " ")
+    table = readme[readme.index("| what was measured") : readme.index("Tiny models")]
+    figures = re.findall(r"[+-]\d+\.\d+ ± \d+\.\d+", table)
+    assert len(figures) >= 15
+    assert [figure for figure in figures if figure not in published] == []
