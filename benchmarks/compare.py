@@ -62,13 +62,13 @@ def check_fair(one: Result, other: Result) -> None:
     """
     settings = [r["settings"] for r in (one, other)]
     names = {name for found in settings for name in found} - {*MAY_DIFFER}
-    values = {name: [_spelt(found.get(name, DEFAULTS.get(name))) for found in settings] for name in names}
+    values = {name: [spelt(found.get(name, DEFAULTS.get(name))) for found in settings] for name in names}
     wrong = sorted(name for name, (first, second) in values.items() if first != second)
     if wrong:
         raise ValueError(f"the rows differ in {', '.join(wrong)}: no fair twins")
 
 
-def _spelt(value: Any) -> Any:
+def spelt(value: Any) -> Any:
     """Of hosts' names, which the ablation spells with a hyphen and transformers without, one spelling."""
     return value.replace("_", "-") if isinstance(value, str) else value
 

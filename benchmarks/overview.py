@@ -1,6 +1,8 @@
 """All gains at a glance: a row for each report of the ablation or the retrofit, and a plot of the intervals.
 
-python -m dfine_plugin.benchmarks.overview benchmarks/results/*/ablation.json benchmarks/results/*/retrofit.json
+    python -m dfine_plugin.benchmarks.overview benchmarks/results/*/ablation.json benchmarks/results/*/retrofit.json
+
+Writes overview.md and overview.png to the folder of `--output`.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from dfine_plugin.benchmarks.compare import read_rows
+from dfine_plugin.benchmarks.compare import read_rows, spelt
 from dfine_plugin.benchmarks.gain.paired import PairedDifference
 from dfine_plugin.benchmarks.gain.report import by_seed, gain, late_growth, options_of, variants_of
 from dfine_plugin.benchmarks.gain.variants import BASELINE
@@ -72,9 +74,7 @@ def title_of(results: list[Result]) -> str:
     settings = results[0]["settings"]
     trained = "trained " if settings.get("trained") else ""
     data = Path(settings["data"]).name
-    return (
-        trained + settings["host"].replace("_", "-") + (f" on {data}" if data != "shapes" else "") + options_of(results)
-    )
+    return trained + spelt(settings["host"]) + (f" on {data}" if data != "shapes" else "") + options_of(results)
 
 
 def in_order(gains: list[Gain]) -> list[Gain]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -84,18 +85,15 @@ def _embed_positions_for(width: int, detector: Any) -> None:
 
     of_proposals = getattr(type(detector.transformer), "get_proposal_pos_embed", None)
     functions: list[Any] = [get_sine_pos_embed, *([of_proposals] if of_proposals else [])]
-    defaults = [function.__defaults__ for function in functions]
+    own = [function.__defaults__ for function in functions]
+    narrow = [(width // 2, *defaults[1:]) for defaults in own]
+    detector.register_forward_pre_hook(partial(_set_defaults, functions, narrow))
+    detector.register_forward_hook(partial(_set_defaults, functions, own), always_call=True)
 
-    def narrow(*_: Any) -> None:
-        for function, own in zip(functions, defaults, strict=True):
-            function.__defaults__ = (width // 2, *own[1:])
 
-    def restore(*_: Any) -> None:
-        for function, own in zip(functions, defaults, strict=True):
-            function.__defaults__ = own
-
-    detector.register_forward_pre_hook(narrow)
-    detector.register_forward_hook(restore, always_call=True)
+def _set_defaults(functions: list[Any], defaults: list[tuple[Any, ...]], *_: Any) -> None:
+    for function, values in zip(functions, defaults, strict=True):
+        function.__defaults__ = values
 
 
 def _as_they_are(pixels: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -334,6 +335,25 @@ def test_a_narrow_host_of_detrex_leaves_wide_ones_as_they_are(host: str) -> None
     with pytest.raises(AttributeError):
         narrow.detector([{"image": None}])
     assert torch.equal(wide(pixel_values=pixels).pred_boxes, before)
+
+
+@pytest.mark.parametrize("host", [row for row in rows() if row.values[0] == "detrex/h-deformable-detr"])
+def test_a_narrow_host_of_detrex_is_copied_and_loaded(host: str, tmp_path: Path) -> None:
+    """Wrapped, with what embeds its positions: the same boxes, and the same gradients."""
+    data = make_shapes(2, 64, seed=0)
+    labels = [{"boxes": boxes, "class_labels": torch.zeros(len(boxes), dtype=torch.long)} for boxes in data.boxes]
+    model, fresh = (build_model(replace(SETTINGS, host=host, variant="fdr", seed=seed), data) for seed in (0, 1))
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    fresh.load_state_dict(torch.load(tmp_path / "weights.pt"))
+    boxes, gradients = [], []
+    for one in (model, deepcopy(model), fresh):
+        boxes.append(one.eval()(pixel_values=normalise(data.images)).pred_boxes)
+        one.train()(pixel_values=normalise(data.images), labels=labels).loss.backward()
+        gradients.append([p.grad for p in one.parameters() if p.grad is not None])
+    for again in (1, 2):
+        assert torch.equal(boxes[again], boxes[0])
+        assert len(gradients[again]) == len(gradients[0]) > 100
+        assert all(torch.equal(*pair) for pair in zip(gradients[again], gradients[0], strict=True))
 
 
 @pytest.mark.parametrize("host", [row for row in rows() if row.values[0].removeprefix("detrex/") in ONE_LEVEL])

@@ -8,22 +8,15 @@ from typing import Any
 
 import pytest
 from scipy.stats import ttest_rel
-from typer import Typer
-from typer.testing import CliRunner
 
-from dfine_plugin.benchmarks import compare
+from dfine_plugin.benchmarks.compare import main
+
+from .commands import run
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 FOCAL = RESULTS / "shapes-deformable-detr" / "ablation.json"
 MAL = RESULTS / "shapes-deformable-detr-mal" / "ablation.json"
 RETROFIT = RESULTS / "retrofit-deformable-detr" / "retrofit.json"
-
-
-def run(*arguments: str | Path) -> tuple[int, str]:
-    app = Typer(rich_markup_mode=None)
-    app.command()(compare.main)
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    return result.exit_code, result.output
 
 
 def cells(output: str, name: str) -> list[str]:
@@ -44,7 +37,7 @@ def written_out(ours: list[float], theirs: list[float]) -> str:
 
 
 def test_rows_of_one_report_at_every_step() -> None:
-    code, output = run(RETROFIT, "calibrated:union=true,ddf=true", "calibrated")
+    code, output = run(main, RETROFIT, "calibrated:union=true,ddf=true", "calibrated")
     assert code == 0, output
     assert output.startswith("5 paired seeds: 0, 1, 2, 3, 4\n")
     ours, theirs = (of(RETROFIT, row) for row in ("calibrated:union=true,ddf=true", "calibrated"))
@@ -55,20 +48,20 @@ def test_rows_of_one_report_at_every_step() -> None:
 
 
 def test_a_row_against_one_of_another_report() -> None:
-    code, output = run(MAL, "default", "baseline", "--against", FOCAL)
+    code, output = run(main, MAL, "default", "baseline", "--against", FOCAL)
     assert code == 0, output
     assert cells(output, "AP, step 3000")[2] == written_out(of(MAL, "default"), of(FOCAL, "baseline"))
     assert cells(output, "AP90, step 3000")[2] == "+10.80 ± 2.95"  # as the page of results has it
     assert cells(output, "AP with the best boxes that the bins allow")[1:] == ["-", "-"]
     assert output.endswith("These runs were made with different states of the plugin's code.\n")
     by_mal = RESULTS / "retrofit-deformable-detr-mal" / "retrofit.json"
-    code, output = run(by_mal, "calibrated", "calibrated", "--against", RETROFIT)
+    code, output = run(main, by_mal, "calibrated", "calibrated", "--against", RETROFIT)
     assert code == 0, output  # whose host is spelt in another way
     assert cells(output, "AP, step 1000")[2].startswith("+3.7")
 
 
 def test_seeds_can_be_chosen() -> None:
-    code, output = run(MAL, "default", "baseline", "--seeds", "2,3,4")
+    code, output = run(main, MAL, "default", "baseline", "--seeds", "2,3,4")
     assert code == 0, output
     assert output.startswith("3 paired seeds: 2, 3, 4\n")
     ours, theirs = (of(MAL, row)[2:] for row in ("default", "baseline"))
@@ -82,7 +75,7 @@ def test_what_one_of_the_rows_lacks_has_no_difference(tmp_path: Path) -> None:
             del r["diagnosis"]["recall75"]
     other = tmp_path / "retrofit.json"
     other.write_text(json.dumps(report))
-    code, output = run(RETROFIT, "calibrated", "baseline", "--against", other)
+    code, output = run(main, RETROFIT, "calibrated", "baseline", "--against", other)
     assert code == 0, output
     assert cells(output, "recall at 0.75")[1:] == ["-", "-"]
     assert cells(output, "recall at 0.5")[2] != "-"
@@ -99,7 +92,7 @@ def test_what_one_of_the_rows_lacks_has_no_difference(tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_be_compared_is_told(arguments: tuple[Any, ...], message: str) -> None:
-    code, output = run(*arguments)
+    code, output = run(main, *arguments)
     assert code == 2
     assert message in " ".join(output.split())
 
@@ -111,6 +104,6 @@ def test_runs_that_differ_in_more_than_their_row_are_no_twins(tmp_path: Path) ->
             r["settings"]["learning_rate"] *= 2
     other = tmp_path / "retrofit.json"
     other.write_text(json.dumps(report))
-    code, output = run(RETROFIT, "baseline", "calibrated", "--against", other)
+    code, output = run(main, RETROFIT, "baseline", "calibrated", "--against", other)
     assert code == 2
     assert "the rows differ in learning_rate: no fair twins" in " ".join(output.split())
