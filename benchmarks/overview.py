@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 from dfine_plugin.benchmarks.compare import read_rows, spelt
-from dfine_plugin.benchmarks.gain.paired import PairedDifference
+from dfine_plugin.benchmarks.gain.paired import PairedDifference, mean_of_differences
 from dfine_plugin.benchmarks.gain.report import by_seed, gain, late_growth, options_of, variants_of
 from dfine_plugin.benchmarks.gain.variants import BASELINE
 from dfine_plugin.benchmarks.reporting import NONE, Result, table_header, table_row, write_text
@@ -24,6 +24,9 @@ from dfine_plugin.benchmarks.reporting import NONE, Result, table_header, table_
 RECOMMENDED = "default fdr calibrated"
 """What the ablation and the retrofit call a host with the settings that are the default."""
 METRICS = ("AP", "AP50", "AP90")
+AS_IT_IS = {"data": "shapes", "class_loss": "host", "mosaics": 0.0}
+FEWEST_HOSTS = 3
+"""That a mean over hosts is worth the name of."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +35,10 @@ class Gain:
 
     title: str
     report: Path
+    host: str
     steps: int
     from_scratch: bool
+    as_it_is: bool  # on the embedded data, with the host's own loss of classes and no mosaics
     baseline: float  # its mean AP
     growth: float | None  # of the baseline's AP over the last quarter, as a share of itself
     by_metric: dict[str, PairedDifference]
@@ -59,8 +64,10 @@ def gains_of(report: Path, rows: list[str]) -> list[Gain]:
             Gain(
                 title=title_of(results) + (f", {variant}" if len(wanted) > 1 else ""),
                 report=report,
+                host=spelt(settings["host"]),
                 steps=settings["steps"],
                 from_scratch=not settings.get("trained"),
+                as_it_is=all(settings.get(key, usual) == usual for key, usual in AS_IT_IS.items()),
                 baseline=fmean(baseline[seed] for seed in by_metric["AP"].differences),
                 growth=late_growth(results),
                 by_metric=by_metric,
@@ -82,6 +89,38 @@ def in_order(gains: list[Gain]) -> list[Gain]:
     return sorted(gains, key=lambda row: (not row.from_scratch, -row.by_metric["AP"].mean))
 
 
+def over_hosts(gains: list[Gain]) -> dict[str, PairedDifference]:
+    """By metric: the mean of the hosts' gains from scratch, as they are, with the interval over hosts, all alike.
+
+    Each host counts once, by its longest schedule. None of it for fewer hosts than :data:`FEWEST_HOSTS`, or where a
+    report has several of the rows.
+    """
+    longest: dict[str, Gain] = {}
+    for row in sorted(gains, key=lambda row: row.steps):
+        if row.from_scratch and row.as_it_is:
+            longest[row.host] = row
+    if len(longest) < FEWEST_HOSTS or len({row.report for row in gains}) < len(gains):
+        return {}
+    return {m: mean_of_differences({host: row.by_metric[m].mean for host, row in longest.items()}) for m in METRICS}
+
+
+def summary(mean: dict[str, PairedDifference]) -> str:
+    """:func:`over_hosts` in words."""
+    hosts = len(mean["AP"].differences)
+    intervals = ", ".join(f"{metric} {written(difference)}" for metric, difference in mean.items())
+    ahead = ", ".join(f"in {metric} {sum(d > 0 for d in gain.differences.values())}" for metric, gain in mean.items())
+    return (
+        f"Mean of the {hosts} hosts trained from scratch as they are, each counted once, by its longest schedule, with "
+        f"the 95 % interval over hosts: {intervals}. Ahead are {ahead} of {hosts}."
+    )
+
+
+def written(difference: PairedDifference | None) -> str:
+    """The mean and its interval, in bold where that excludes zero."""
+    bold = "**" if difference is not None and difference.excludes_zero else ""
+    return f"{bold}{difference or NONE}{bold}"
+
+
 def markdown(gains: list[Gain], folder: Path) -> str:
     """The table, its links relative to the folder; bold is an interval that excludes zero."""
     header = ["host", "steps", "seeds", "baseline's AP", "its growth at the end", *(f"gain in {m}" for m in METRICS)]
@@ -90,11 +129,7 @@ def markdown(gains: list[Gain], folder: Path) -> str:
         link = Path(os.path.relpath(row.report.with_suffix(".md"), folder)).as_posix()
         growth = NONE if row.growth is None else f"{100 * row.growth:.1f} %"
         cells = [f"[{row.title}]({link})", f"{row.steps:,}", str(len(row.by_metric["AP"].differences))]
-        cells += [f"{row.baseline:.1f}", growth]
-        for metric in METRICS:
-            difference = row.by_metric.get(metric)
-            bold = "**" if difference is not None and difference.excludes_zero else ""
-            cells.append(f"{bold}{difference or NONE}{bold}")
+        cells += [f"{row.baseline:.1f}", growth, *(written(row.by_metric.get(metric)) for metric in METRICS)]
         lines.append(table_row(cells))
     return "\n".join(lines)
 
@@ -115,11 +150,15 @@ def main(
         )
     from dfine_plugin.benchmarks.gain.plots import plot_gains
 
-    table = markdown(gains, output)
+    text = markdown(gains, output)
+    lines = {row.title + f", {row.steps:,} steps": row.by_metric["AP"] for row in gains}
+    if mean := over_hosts(gains):
+        text += f"\n\n{summary(mean)}"
+        lines = {f"mean of {len(mean['AP'].differences)} hosts from scratch": mean["AP"], **lines}
     output.mkdir(parents=True, exist_ok=True)
-    write_text(output / "overview.md", table + "\n")
-    plot_gains({row.title + f", {row.steps:,} steps": row.by_metric["AP"] for row in gains}, output / "overview.png")
-    typer.echo(table)
+    write_text(output / "overview.md", text + "\n")
+    plot_gains(lines, output / "overview.png")
+    typer.echo(text)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Small hosts on images of 160 px: to train a config for some steps, or a detector from scratch, on a CPU."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,28 +17,24 @@ from torch import nn
 
 WIDTH = 256
 """detrex's hosts embed the queries' positions for this width, whatever their configs say."""
-CHANNELS = {"res2": 16, "res3": 32, "res4": 64, "res5": 128}
+STAGES: Mapping[str, tuple[int, int]] = {"res2": (16, 1), "res3": (32, 1), "res4": (64, 1), "res5": (128, 1)}
+"""Channels and basic blocks of the backbone's stages."""
 
 
-def tiny_backbone(out_features: list[str], norm: str) -> nn.Module:
-    """A ResNet of one basic block a stage, 16 to 128 channels wide, up to the last of the features."""
-    stages, before = [], CHANNELS["res2"]
-    names = list(CHANNELS)
-    for name in names[: max(map(names.index, out_features)) + 1]:
-        channels = CHANNELS[name]
-        stages.append(
+def tiny_backbone(out_features: list[str], norm: str, stages: Mapping[str, tuple[int, int]] = STAGES) -> nn.Module:
+    """A ResNet of these stages, whose stem is as wide as the first."""
+    before = width = next(iter(stages.values()))[0]
+    built = []
+    for name, (channels, blocks) in stages.items():
+        strides = [1 if name == "res2" else 2, *[1] * (blocks - 1)]
+        built.append(
             ResNet.make_stage(
-                BasicBlock,
-                1,
-                in_channels=before,
-                out_channels=channels,
-                norm=norm,
-                stride_per_block=[1 if name == "res2" else 2],
+                BasicBlock, blocks, in_channels=before, out_channels=channels, norm=norm, stride_per_block=strides
             )
         )
         before = channels
-    stem = BasicStem(in_channels=3, out_channels=CHANNELS["res2"], norm=norm)
-    return ResNet(stem, stages, out_features=list(out_features), freeze_at=0)
+    stem = BasicStem(in_channels=3, out_channels=width, norm=norm)
+    return ResNet(stem, built, out_features=list(out_features), freeze_at=0)
 
 
 def shrink(
@@ -46,7 +43,7 @@ def shrink(
     num_queries: int = 30,
     num_layers: int = 3,
     num_levels: int = 3,
-    single_level: str = "res5",
+    stages: Mapping[str, tuple[int, int]] = STAGES,
     width: int = WIDTH,
 ) -> DictConfig:
     """detrex's config of a host with a tiny backbone, few layers and few queries, on the CPU; in place.
@@ -59,17 +56,19 @@ def shrink(
         num_queries: matched queries; a hybrid host gets as many again for its one-to-many branch.
         num_layers: of the decoder; the encoder has one.
         num_levels: of features, where the host has several: those of the backbone are three.
-        single_level: the feature of a host that has one: res5, of stride 32, as it has at full size, or an earlier one.
+        stages: of the backbone, see :data:`STAGES`. A host of several levels takes the last three, one of one level the
+            last: res5, of stride 32, is that of its full size.
         width: of the transformer. With another than :data:`WIDTH` the caller has to see to the queries' positions.
     """
     has_one_level = "in_features" in model
-    features = [single_level] if has_one_level else ["res3", "res4", "res5"]
-    model.backbone = L(tiny_backbone)(out_features=features, norm="BN")
+    features = list(stages)[-1 if has_one_level else -3 :]
+    channels = {name: stages[name][0] for name in features}
+    model.backbone = L(tiny_backbone)(out_features=features, norm="BN", stages=dict(stages))
     model.position_embedding.num_pos_feats = width // 2
     if has_one_level:
-        model.in_features, model.in_channels = features, CHANNELS[single_level]
+        model.in_features, model.in_channels = features, channels[features[0]]
     else:
-        model.neck.input_shapes = {name: ShapeSpec(channels=CHANNELS[name]) for name in features}
+        model.neck.input_shapes = {name: ShapeSpec(channels=channels[name]) for name in features}
         model.neck.in_features, model.neck.out_channels = features, width
         model.neck.num_outs = num_levels
         model.neck.norm_layer.num_groups, model.neck.norm_layer.num_channels = 8, width

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import fmean, stdev
+from typing import Any
 
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """Mean of the differences over the seeds that both have; the interval is mean +- half_width (None: one seed)."""
+    """Mean of differences, by seed or whatever parts the pairs; the interval is mean +- half_width (None: one pair)."""
 
     mean: float
     half_width: float | None
-    differences: dict[int, float]  # by seed
+    differences: dict[Any, float]
 
     @property
     def excludes_zero(self) -> bool:
@@ -30,8 +31,11 @@ def paired_difference(
 ) -> PairedDifference | None:
     """`treated` - `baseline`, both value by seed, over the seeds in common; None without any."""
     differences = {seed: treated[seed] - baseline[seed] for seed in sorted(treated.keys() & baseline.keys())}
-    if not differences:
-        return None
+    return mean_of_differences(differences, confidence) if differences else None
+
+
+def mean_of_differences(differences: Mapping[Any, float], confidence: float = 0.95) -> PairedDifference:
+    """Of one pair or more, with the Student-t interval over them."""
     count = len(differences)
     half_width = None
     if count > 1:
@@ -39,7 +43,7 @@ def paired_difference(
 
         quantile = float(student_t.ppf((1 + confidence) / 2, count - 1))
         half_width = quantile * stdev(differences.values()) / count**0.5
-    return PairedDifference(fmean(differences.values()), half_width, differences)
+    return PairedDifference(fmean(differences.values()), half_width, dict(differences))
 
 
 def mean_and_spread(values: list[float]) -> tuple[float, float]:

@@ -68,7 +68,10 @@ def plot_ap_per_threshold(results: Sequence[Result], path: Path) -> None:
 
 
 def plot_gains(gains: Mapping[str, PairedDifference], path: Path) -> None:
-    """A line for each title, from the top: the gain in AP and its 95 % interval, in colour where that excludes zero."""
+    """A line for each title, from the top: the gain in AP, its 95 % interval and what it is the mean of.
+
+    In colour where the interval excludes zero.
+    """
     figure, axes = plt.subplots(figsize=(7, 1 + 0.28 * len(gains)), layout="constrained")
     for place, difference in enumerate(gains.values()):
         colour = "tab:gray" if not difference.excludes_zero else "tab:blue" if difference.mean > 0 else "tab:red"
@@ -80,7 +83,7 @@ def plot_gains(gains: Mapping[str, PairedDifference], path: Path) -> None:
         )
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set(
-        xlabel="gain in AP (mean, 95 % interval, and each seed)",
+        xlabel="gain in AP (95 % interval; dots: seeds, or hosts)",
         yticks=range(len(gains)),
         ylim=(len(gains) - 0.5, -0.5),
     )

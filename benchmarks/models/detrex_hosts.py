@@ -15,8 +15,8 @@ from torchvision.ops import box_convert
 from dfine_plugin.benchmarks.models.detrex_configs import CONFIGS
 
 MAX_DETECTIONS = 100
-SINGLE_LEVEL = "res3"
-"""Of hosts that look at one level: of stride 8, for small images."""
+ONE_LEVEL = {"res2": (32, 1), "res3": (64, 2)}
+"""Stages of hosts that look at one level: of stride 8, for small images, as those of transformers have it."""
 NUM_GROUPS = 3
 """Of Group-DETR's queries."""
 FOCUS_LEVELS, FOCUS_TOKENS = 4, 16
@@ -53,7 +53,7 @@ def build_detrex_host(name: str, class_names: list[str], num_queries: int, width
         from detectron2.config import instantiate
 
         from dfine_plugin.projects.common import detrex_config
-        from dfine_plugin.projects.debug import WIDTH, shrink
+        from dfine_plugin.projects.debug import STAGES, WIDTH, shrink
 
         config = detrex_config(CONFIGS[name]).model
     except (ImportError, FileNotFoundError) as error:
@@ -62,7 +62,8 @@ def build_detrex_host(name: str, class_names: list[str], num_queries: int, width
             f"checkout on PYTHONPATH: {error}"
         ) from error
     levels = FOCUS_LEVELS if name == "focus-detr" else 3
-    shrink(config, len(class_names), num_queries, num_levels=levels, single_level=SINGLE_LEVEL, width=width)
+    stages = ONE_LEVEL if "in_features" in config else STAGES
+    shrink(config, len(class_names), num_queries, num_levels=levels, stages=stages, width=width)
     if "group_nums" in config:
         config.group_nums = NUM_GROUPS
     config.select_box_nums_for_evaluation = min(num_queries * len(class_names), MAX_DETECTIONS)

@@ -51,6 +51,7 @@ APP.command()(main)
 
 SMALL = ["--steps=10", "--seeds=1", "--batch-size=4", "--train-images=16", "--val-images=6", "--image-size=64"]
 SMALL += ["--lr=1e-3"]
+ONE_LEVEL_OF_DETREX = tuple(f"detrex/{name}" for name in ("dab-detr", "dn-detr", "conditional-detr", "group-detr"))
 SETTINGS = RunSettings("rt-detr", "baseline", 0, "shapes", 64, steps=10, batch_size=4, learning_rate=1e-3)
 
 
@@ -387,6 +388,15 @@ def test_hosts_train_all_of_themselves_from_ordinary_weights(host: str) -> None:
     backbone = [p for name, p in model.named_parameters() if "backbone" in name]
     assert backbone
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in backbone)
+
+
+@pytest.mark.parametrize("host", [row for row in rows() if row.values[0] in ONE_LEVEL_OF_DETREX])
+def test_backbones_for_one_level_are_as_deep_and_wide_in_both_libraries(host: str) -> None:
+    def convolutions(model: nn.Module) -> list[int]:
+        modules = [module for name, module in model.named_modules() if "backbone" in name]
+        return [m.out_channels for m in modules if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
+
+    assert convolutions(build_host(host, ["a"])) == convolutions(build_host("dab-detr", ["a"])) != []
 
 
 def test_variants_are_rows_with_settings() -> None:

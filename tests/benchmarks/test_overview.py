@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from scipy.stats import ttest_rel
+from scipy.stats import ttest_1samp, ttest_rel
 
 from dfine_plugin.benchmarks.overview import main
 
@@ -53,6 +53,36 @@ def test_a_line_for_each_report_and_the_largest_gain_first(tmp_path: Path) -> No
     ]
     assert (tmp_path / "all" / "overview.md").read_text() == output
     assert (tmp_path / "all" / "overview.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_mean_over_hosts_counts_each_once_by_its_longest_schedule(tmp_path: Path) -> None:
+    gains = {"dino": [1.0, 1.4], "detr": [-0.5, 0.5], "long": [3.0, 2.0], "short": [9.0, 8.0], "other": [7.0, 7.0]}
+    reports = [
+        write(tmp_path / "a", {"default": gains["dino"]}, host="detrex/dino", width=256),
+        write(tmp_path / "b", {"default": gains["detr"]}, host="dab-detr"),
+        write(tmp_path / "c", {"fdr": gains["long"]}, steps=40),
+        write(tmp_path / "d", {"fdr": gains["short"]}),
+        write(tmp_path / "e", {"default": gains["other"]}, host="lw-detr", class_loss="mal"),
+        write(tmp_path / "f", {"calibrated": gains["other"]}, host="rf-detr", trained="rt-detr"),
+        write(tmp_path / "g", {"default": gains["other"]}, host="rt-detr-v2", data="data/bccd"),
+    ]
+    code, output = run(main, *reports, "--output", tmp_path / "all")
+    assert code == 0, output
+    low, high = ttest_1samp([1.2, 0.0, 2.5], 0).confidence_interval(0.95)
+    *_, last = output.strip().splitlines()
+    assert last.startswith("Mean of the 3 hosts trained from scratch as they are")
+    assert f"interval over hosts: AP {(low + high) / 2:+.2f} ± {(high - low) / 2:.2f}, AP50 " in last
+    assert "Ahead are in AP 2, " in last
+    assert (tmp_path / "all" / "overview.md").read_text() == output
+
+
+def test_two_hosts_and_several_rows_have_no_mean(tmp_path: Path) -> None:
+    hosts = ["dab-detr", "lw-detr", "rf-detr"]
+    one, *two = [write(tmp_path / host, {"fdr": [1.0, 1.2], "N=16": [0.5, 0.6]}, host=host) for host in hosts]
+    for arguments in (two, [one, *two, "--rows", "N=16 fdr"]):
+        code, output = run(main, *arguments, "--output", tmp_path / "all")
+        assert code == 0, output
+        assert "Mean of" not in output
 
 
 def test_rows_that_are_asked_for_are_named(tmp_path: Path) -> None:
