@@ -125,13 +125,19 @@ _FDR_ALREADY = "is an FDR model already: its boxes are refined distributions"
 
 _NO_REFERENCES = "has no reference boxes: each of its decoder layers predicts boxes anew, and none for FDR to refine"
 
+_NO_LOSS = "cannot be trained: transformers has no loss for it, and so there is none for FDR to join"
+
+_MASKS = "predicts masks beside boxes and matches queries by both, in a criterion with no place for FDR's terms"
+
 _REFUSED = {
     "transformers.models.d_fine.modeling_d_fine.DFineForObjectDetection": _FDR_ALREADY,
     "transformers.models.deimv2.modeling_deimv2.Deimv2ForObjectDetection": _FDR_ALREADY,
     "src.zoo.dfine.dfine.DFINE": _FDR_ALREADY,
-    "transformers.models.omdet_turbo.modeling_omdet_turbo.OmDetTurboForObjectDetection": (
-        "cannot be trained: transformers has no loss for it, and so there is none for FDR to join"
-    ),
+    "transformers.models.omdet_turbo.modeling_omdet_turbo.OmDetTurboForObjectDetection": _NO_LOSS,
+    "transformers.models.pp_doclayout_v2.modeling_pp_doclayout_v2.PPDocLayoutV2ForObjectDetection": _NO_LOSS,
+    "transformers.models.pp_doclayout_v3.modeling_pp_doclayout_v3.PPDocLayoutV3ForObjectDetection": _NO_LOSS,
+    "transformers.models.pp_doclayout_v4.modeling_pp_doclayout_v4.PPDocLayoutV4ForObjectDetection": _NO_LOSS,
+    "transformers.models.rf_detr.modeling_rf_detr.RfDetrForInstanceSegmentation": _MASKS,
     "transformers.models.detr.modeling_detr.DetrForObjectDetection": _NO_REFERENCES,
     "transformers.models.table_transformer.modeling_table_transformer.TableTransformerForObjectDetection": (
         _NO_REFERENCES
@@ -144,10 +150,7 @@ _REFUSED = {
     "projects.anchor_detr.modeling.anchor_detr.AnchorDETR": (
         "has its decoder's layers and box heads in its transformer's forward, and no decoder for FDR to refine in"
     ),
-    "projects.maskdino.maskdino.MaskDINO": (
-        "predicts masks beside boxes and matches queries by both, in a criterion of its own that FDR's terms have no "
-        "place in"
-    ),
+    "projects.maskdino.maskdino.MaskDINO": _MASKS,
     "projects.co_mot.modeling.mot.MOT": (
         "tracks: its queries go on from frame to frame, and so does its matching, of which there is no union"
     ),

@@ -409,6 +409,23 @@ def test_a_host_that_transformers_cannot_train_is_refused() -> None:
         wrap_decoder(model)
 
 
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("PPDocLayoutV2ForObjectDetection", "cannot be trained: transformers has no loss"),
+        ("PPDocLayoutV3ForObjectDetection", "cannot be trained: transformers has no loss"),
+        ("PPDocLayoutV4ForObjectDetection", "cannot be trained: transformers has no loss"),
+        ("RfDetrForInstanceSegmentation", "predicts masks beside boxes"),
+    ],
+)
+def test_hosts_that_look_like_a_supported_one_are_refused_with_the_reason(name: str, reason: str) -> None:
+    host = getattr(transformers, name, None)
+    if host is None:
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
+    with pytest.raises(UnsupportedModelError, match=rf"\.{name} {reason}"):
+        find_adapter(host.__new__(host))
+
+
 @pytest.mark.parametrize("name", ["Detr", "TableTransformer", "Yolos"])
 def test_hosts_without_reference_boxes_are_refused_by_their_names(name: str) -> None:
     host = getattr(transformers, f"{name}ForObjectDetection")
