@@ -37,6 +37,11 @@ def tiny_backbone(out_features: list[str], norm: str, stages: Mapping[str, tuple
     return ResNet(stem, built, out_features=list(out_features), freeze_at=0)
 
 
+def looks_at_one_level(model: DictConfig) -> bool:
+    """Whether the host of this config attends to one of the backbone's features, and has no neck for several."""
+    return "in_features" in model
+
+
 def shrink(
     model: DictConfig,
     num_classes: int = 3,
@@ -60,7 +65,7 @@ def shrink(
             last: res5, of stride 32, is that of its full size.
         width: of the transformer. With another than :data:`WIDTH` the caller has to see to the queries' positions.
     """
-    has_one_level = "in_features" in model
+    has_one_level = looks_at_one_level(model)
     features = list(stages)[-1 if has_one_level else -3 :]
     channels = {name: stages[name][0] for name in features}
     model.backbone = L(tiny_backbone)(out_features=features, norm="BN", stages=dict(stages))

@@ -53,7 +53,7 @@ def build_detrex_host(name: str, class_names: list[str], num_queries: int, width
         from detectron2.config import instantiate
 
         from dfine_plugin.projects.common import detrex_config
-        from dfine_plugin.projects.debug import STAGES, WIDTH, shrink
+        from dfine_plugin.projects.debug import STAGES, WIDTH, looks_at_one_level, shrink
 
         config = detrex_config(CONFIGS[name]).model
     except (ImportError, FileNotFoundError) as error:
@@ -62,7 +62,7 @@ def build_detrex_host(name: str, class_names: list[str], num_queries: int, width
             f"checkout on PYTHONPATH: {error}"
         ) from error
     levels = FOCUS_LEVELS if name == "focus-detr" else 3
-    stages = ONE_LEVEL if "in_features" in config else STAGES
+    stages = ONE_LEVEL if looks_at_one_level(config) else STAGES
     shrink(config, len(class_names), num_queries, num_levels=levels, stages=stages, width=width)
     if "group_nums" in config:
         config.group_nums = NUM_GROUPS
