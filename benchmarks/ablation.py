@@ -35,6 +35,7 @@ from dfine_plugin.benchmarks.options import (
     check_device_name,
     check_fair_baseline,
     check_host_takes,
+    check_looks_forward,
     check_teacher,
 )
 from dfine_plugin.benchmarks.reporting import write_json, write_text
@@ -151,6 +152,7 @@ def main(
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--variants") from error
     check_teacher(teacher, rows, host)
+    check_looks_forward(host, rows, "--variants")
     settings = RunSettings(
         host=host,
         variant=BASELINE,

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dfine_plugin.benchmarks.gain.variants import fdr_settings, is_taught
+from dfine_plugin.benchmarks.gain.variants import TWICE, fdr_settings, is_taught
+from dfine_plugin.benchmarks.models.look_forward import LOOK_TWICE
 from dfine_plugin.config import CLASS_LOSSES
 from dfine_plugin.tools.image_sizes import RT_DETR_STRIDES, check_image_size
 
@@ -28,6 +29,12 @@ def check_host_takes(host: str, side: int, num_queries: int = 300) -> None:
         check_image_size((side, side), RT_DETR_STRIDES if host.startswith("rt-detr") else (), num_queries)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--image-size") from error
+
+
+def check_looks_forward(host: str, rows: Sequence[str], param_hint: str) -> None:
+    """Refuse the row of a bare host that looks forward twice where nothing makes the host do so."""
+    if TWICE in rows and host not in LOOK_TWICE:
+        raise typer.BadParameter(f"the row {TWICE!r} is for {' and '.join(LOOK_TWICE)}", param_hint=param_hint)
 
 
 def check_fair_baseline(host: str) -> None:

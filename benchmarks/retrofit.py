@@ -44,6 +44,7 @@ from dfine_plugin.benchmarks.options import (
     check_device_name,
     check_fair_baseline,
     check_host_takes,
+    check_looks_forward,
     check_teacher,
 )
 from dfine_plugin.benchmarks.reporting import Result, table_header, table_row, write_json, write_text
@@ -169,6 +170,7 @@ def main(
     host = config["model_type"]
     check_fair_baseline(host)
     check_host_takes(host.replace("_", "-"), image_size, RetrofitSettings.num_queries)
+    check_looks_forward(host.replace("_", "-"), variants, "--rows")
     check_data(data)
     settings = RetrofitSettings(
         host=host,

@@ -29,9 +29,10 @@ from dfine_plugin.benchmarks.gain.diagnosis import diagnose
 from dfine_plugin.benchmarks.gain.ema import make_ema
 from dfine_plugin.benchmarks.gain.evaluation import coco_metrics, detect
 from dfine_plugin.benchmarks.gain.runs import RetrofitSettings, RunSettings, code_digest, save_model
-from dfine_plugin.benchmarks.gain.variants import fdr_settings, is_calibrated
+from dfine_plugin.benchmarks.gain.variants import TWICE, fdr_settings, is_calibrated
 from dfine_plugin.benchmarks.models.detrex_hosts import without_cuda_calls
 from dfine_plugin.benchmarks.models.hosts import HOSTS, build_host
+from dfine_plugin.benchmarks.models.look_forward import look_forward_twice
 from dfine_plugin.benchmarks.models.matchability import learn_classes_by_mal
 from dfine_plugin.benchmarks.reporting import Result
 from dfine_plugin.benchmarks.trained_hosts import load_trained, take_benchmarks_images
@@ -70,6 +71,8 @@ def build_model(settings: RunSettings, data: DetectionData) -> nn.Module:
             wrap_criterion(criterion, detector)
     elif settings.class_loss == "mal":
         learn_classes_by_mal(model)
+    if settings.variant == TWICE:
+        look_forward_twice(model)
     # Convolutions on a CPU are some 10 % faster so.
     model = model.to(settings.device).to(memory_format=torch.channels_last)
     if isinstance(settings, RetrofitSettings) and is_calibrated(settings.variant):

@@ -1,6 +1,7 @@
 """The rows of the ablation: from a row's name to what wraps the host.
 
 baseline                                the host as it is
+twice                                   an RT-DETR of transformers that looks forward twice, as its authors' does
 default                                 FDRConfig(): the best recipe known
 paper                                   FDRConfig.paper(): the paper's, exactly
 fdr                                     the default without union and DDF
@@ -13,6 +14,7 @@ taught                                  the default, which learns from a teacher
 The rows of the retrofit, where the host is a trained one, with settings behind a colon as well:
 
 baseline                                the host trained on
+twice                                   the same, looking forward twice
 wrapped                                 the default, its FDR head fresh
 calibrated                              the default, its FDR head calibrated before the first step
 head                                    the same, and nothing but the FDR head is trained
@@ -27,6 +29,8 @@ from typing import Any
 from dfine_plugin.config import FDRConfig
 
 BASELINE = "baseline"
+TWICE = "twice"
+_BARE = (BASELINE, TWICE)
 DEFAULT_VARIANTS = f"{BASELINE} default"
 
 _PAPER = {key: value for key, value in FDRConfig.paper().to_dict().items() if key != "version"}
@@ -51,8 +55,8 @@ def parse_variants(text: str, retrofit: bool = False) -> list[str]:
     for row in rows:
         known, others = (_RETROFIT, _NAMED) if retrofit else (_NAMED, _RETROFIT)
         name = row.partition(":")[0]
-        if row != BASELINE and name not in known and (retrofit or name in others):
-            raise ValueError(f"{row!r} is no row of this comparison: {BASELINE}, {', '.join(known)}")
+        if row not in _BARE and name not in known and (retrofit or name in others):
+            raise ValueError(f"{row!r} is no row of this comparison: {', '.join([*_BARE, *known])}")
         settings = fdr_settings(row)
         if settings is not None:
             FDRConfig.from_dict(settings)
@@ -70,15 +74,15 @@ def is_taught(row: str) -> bool:
 
 
 def fdr_settings(row: str) -> dict[str, Any] | None:
-    """The keyword arguments of FDRConfig that `row` stands for; None for the baseline."""
-    if row == BASELINE:
+    """The keyword arguments of FDRConfig that `row` stands for; None for a bare host."""
+    if row in _BARE:
         return None
     name, _, settings = row.partition(":")
     if not settings and "=" in name:
         name, settings = "paper", name
     named = _NAMED | _RETROFIT
     if name not in named:
-        raise ValueError(f"unknown variant {row!r}: {BASELINE}, {', '.join(_NAMED)} or settings such as N=16")
+        raise ValueError(f"unknown variant {row!r}: {', '.join([*_BARE, *_NAMED])} or settings such as N=16")
     result = dict(named[name])
     for setting in filter(None, settings.split(",")):
         key, equals, value = setting.partition("=")

@@ -57,7 +57,7 @@ def timeless(results: list[Result]) -> list[Result]:
 
 
 def alive_nodes_become(count: int, within: float = 60.0) -> bool:
-    """Whether the cluster comes to count so many nodes as alive: it notices a lost one by health checks, seconds later."""
+    """Whether the cluster comes to count so many nodes as alive: a lost one it may notice seconds later."""
     deadline = time.monotonic() + within
     while sum(node["Alive"] for node in ray.nodes()) != count:
         if time.monotonic() > deadline:
