@@ -179,6 +179,7 @@ def test_a_rate_that_does_not_train_bounds_the_grid(monkeypatch: pytest.MonkeyPa
             ["--host=detrex/focus-detr", "--width=128"],
             "128 is not for detrex/focus-detr, whose code takes a width of 256",
         ),
+        (["--host=deformable-detr", "--variants=baseline twice"], "the row 'twice' is for rt-detr and rt-detr-v2"),
         (["--variants=baseline taught"], "the row taught learns from one"),
         ([f"--teacher={TRAINED / 'rt-detr'}"], "no row learns from one, as 'taught' does"),
         (["--variants=taught", f"--teacher={TRAINED / 'rt-detr'}"], "rt-detr is not wrapped: its boxes come from no"),

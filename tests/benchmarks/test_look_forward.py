@@ -1,11 +1,15 @@
 """A bare RT-DETR that looks forward twice: the boxes it had, and gradients as its authors' code has them."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 
-from dfine_plugin import wrap_decoder
+from dfine_plugin import is_wrapped, wrap_decoder
+from dfine_plugin.benchmarks.data.detection_data import normalise
+from dfine_plugin.benchmarks.gain.runs import RetrofitSettings, RunSettings
+from dfine_plugin.benchmarks.gain.training import build_model, load_data
 from dfine_plugin.benchmarks.models.hosts import build_host
 from dfine_plugin.benchmarks.models.look_forward import LOOK_TWICE, look_forward_twice
 
@@ -52,6 +56,23 @@ def test_boxes_stay_and_losses_reach_the_layer_before(name: str) -> None:
     once.zero_grad()
     (once(pixel_values=pixels).intermediate_reference_points * weights).sum().backward()
     assert not torch.allclose(heads[0].layers[-1].weight.grad, expected["model.decoder.bbox_embed.0.layers.2.weight"])
+
+
+def test_the_row_is_the_trained_or_fresh_host_that_looks_forward_twice() -> None:
+    data = load_data("shapes", "train", 96, 4)
+    settings = {"data": "shapes", "image_size": 96, "steps": 2, "batch_size": 2, "learning_rate": 1e-3}
+    trained = RetrofitSettings("rt_detr", "twice", 0, **settings, trained="rt-detr")
+    for twice in (RunSettings("rt-detr-v2", "twice", 0, **settings), trained):
+        model, bare = (build_model(row, data) for row in (twice, replace(twice, variant="baseline")))
+        assert not is_wrapped(model)
+        for key, value in bare.state_dict().items():
+            torch.testing.assert_close(model.state_dict()[key], value, rtol=0, atol=0)
+        learnt = []
+        for host in (model.eval(), bare.eval()):
+            boxes = host(pixel_values=normalise(data.images[:2])).intermediate_reference_points
+            boxes[:, -1].sum().backward()
+            learnt.append([bool(head.layers[-1].bias.grad.any()) for head in host.model.decoder.bbox_embed])
+        assert learnt == [[False, True, True], [False, False, True]]
 
 
 def test_others_are_refused() -> None:

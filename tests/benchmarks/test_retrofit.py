@@ -192,10 +192,10 @@ def test_rows_of_the_retrofit_and_of_the_ablation_are_told_apart() -> None:
     assert fdr_settings("calibrated:union=true") == {"union": True}
     assert fdr_settings("head:lqe=true") == {"trainable": "head", "lqe": True}
     assert [is_calibrated(row) for row in ("baseline", "wrapped", "calibrated:lqe=true", "head")] == [0, 0, 1, 1]
-    with pytest.raises(ValueError, match="no row of this comparison: baseline, default"):
+    with pytest.raises(ValueError, match="no row of this comparison: baseline, twice, default"):
         parse_variants("calibrated")
     for row in ("default", "foo"):
-        with pytest.raises(ValueError, match="no row of this comparison: baseline, wrapped, calibrated, head"):
+        with pytest.raises(ValueError, match="no row of this comparison: baseline, twice, wrapped, calibrated, head"):
             parse_variants(row, retrofit=True)
 
 
