@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dfine_plugin.benchmarks.gain.variants import TWICE, fdr_settings, is_taught
-from dfine_plugin.benchmarks.models.look_forward import LOOK_TWICE
+from dfine_plugin.benchmarks.models.hosts import HOSTS
 from dfine_plugin.config import CLASS_LOSSES
 from dfine_plugin.tools.image_sizes import RT_DETR_STRIDES, check_image_size
 
@@ -33,8 +33,9 @@ def check_host_takes(host: str, side: int, num_queries: int = 300) -> None:
 
 def check_looks_forward(host: str, rows: Sequence[str], param_hint: str) -> None:
     """Refuse the row of a bare host that looks forward twice where nothing makes the host do so."""
-    if TWICE in rows and host not in LOOK_TWICE:
-        raise typer.BadParameter(f"the row {TWICE!r} is for {' and '.join(LOOK_TWICE)}", param_hint=param_hint)
+    able = [name for name, known in HOSTS.items() if known.bare_looks_twice]
+    if TWICE in rows and host not in able:
+        raise typer.BadParameter(f"the row {TWICE!r} is for {' and '.join(able)}", param_hint=param_hint)
 
 
 def check_fair_baseline(host: str) -> None:

@@ -169,8 +169,9 @@ def main(
         raise typer.BadParameter("a host of your own has no defaults: say --image-size and --lr")
     host = config["model_type"]
     check_fair_baseline(host)
-    check_host_takes(host.replace("_", "-"), image_size, RetrofitSettings.num_queries)
-    check_looks_forward(host.replace("_", "-"), variants, "--rows")
+    as_benchmarks_spell_it = host.replace("_", "-")
+    check_host_takes(as_benchmarks_spell_it, image_size, RetrofitSettings.num_queries)
+    check_looks_forward(as_benchmarks_spell_it, variants, "--rows")
     check_data(data)
     settings = RetrofitSettings(
         host=host,

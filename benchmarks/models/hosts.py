@@ -33,13 +33,14 @@ class Host:
     clip_norm: float = 0.1
     calls_cuda: bool = False  # in its own training code, whatever the device
     bare_learns_by_mal: bool = True  # with --class-loss mal
+    bare_looks_twice: bool = False  # if asked to, in the row that does
     only_width: int | None = None  # that its code takes
 
 
 HOSTS: dict[str, Host] = {}
 
 
-def host(name: str, learning_rate: float, bare_learns_by_mal: bool = True) -> Callable[[Builder], Builder]:
+def host(name: str, learning_rate: float, **about: bool) -> Callable[[Builder], Builder]:
     """Register the decorated builder of a transformers host under `name`; weights are drawn as its authors do."""
 
     def register(build: Builder) -> Builder:
@@ -50,7 +51,7 @@ def host(name: str, learning_rate: float, bare_learns_by_mal: bool = True) -> Ca
             initialise_from_scratch(model)
             return model
 
-        HOSTS[name] = Host(from_scratch, learning_rate, bare_learns_by_mal=bare_learns_by_mal)
+        HOSTS[name] = Host(from_scratch, learning_rate, **about)
         return build
 
     return register
@@ -115,7 +116,7 @@ def _rt_detr(class_names: list[str], num_queries: int, width: int) -> dict[str, 
     }
 
 
-@host("rt-detr", learning_rate=4e-3)
+@host("rt-detr", learning_rate=4e-3, bare_looks_twice=True)
 def rt_detr(class_names: list[str], num_queries: int, width: int) -> nn.Module:
     """RT-DETR, 0.8 M parameters: ResNet of one basic block a stage, three decoder layers."""
     from transformers import RTDetrConfig, RTDetrForObjectDetection, RTDetrResNetConfig
@@ -125,7 +126,7 @@ def rt_detr(class_names: list[str], num_queries: int, width: int) -> nn.Module:
     return RTDetrForObjectDetection(config)
 
 
-@host("rt-detr-v2", learning_rate=2e-3)
+@host("rt-detr-v2", learning_rate=2e-3, bare_looks_twice=True)
 def rt_detr_v2(class_names: list[str], num_queries: int, width: int) -> nn.Module:
     """RT-DETRv2, the same sizes."""
     from transformers import RTDetrResNetConfig, RTDetrV2Config, RTDetrV2ForObjectDetection

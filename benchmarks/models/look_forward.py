@@ -8,9 +8,6 @@ from torch import Tensor, nn
 
 from dfine_plugin.wrapping import is_wrapped
 
-LOOK_TWICE = ("rt-detr", "rt-detr-v2")
-"""The hosts of the benchmarks that can be made to look forward twice."""
-
 
 class _SecondLook:
     """Forward hook of all box heads of a decoder, which are called layer by layer.
