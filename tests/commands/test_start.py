@@ -26,6 +26,7 @@ COMMANDS = {
     "dfine_plugin.benchmarks.overhead": [],
     "dfine_plugin.benchmarks.robustness": [],
     "dfine_plugin.benchmarks.uncertainty": [],
+    "dfine_plugin.benchmarks.photos": ["voc", "tiles"],
     "dfine_plugin.projects.paper_rows": ["train", "show"],
 }
 
