@@ -158,7 +158,8 @@ def tiles(
             pixels = np.asarray(opened.convert("RGB"))
         paths = sorted((folder / "masks").iterdir())
         masks = np.stack([np.asarray(Image.open(path).convert("L")) > 0 for path in paths])
-        for number, (top, left) in enumerate(tile_corners(*pixels.shape[:2], side)):
+        height, width = pixels.shape[:2]
+        for number, (top, left) in enumerate(tile_corners(height, width, side)):
             objects = [(name, box) for box in boxes_in_tile(masks, top, left, side)]
             if 0 < len(objects) <= most:
                 path = coco.add(photo, f"{folder.name}-{number}.png", (side, side), objects)
