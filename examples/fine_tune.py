@@ -81,14 +81,15 @@ def load_host(host: str, names: dict[int, str]) -> nn.Module:
     )
 
 
-def knows_classes(host: str, names: dict[int, str]) -> bool:
-    """Whether the host has been trained for these classes, and keeps its class heads."""
-    return AutoConfig.from_pretrained(host).id2label == names
+def choose_config(host: str, names: dict[int, str]) -> FDRConfig:
+    """The default; but where several classes are new FGL's gradient, which delays a rare one, stays in the FDR head."""
+    known = AutoConfig.from_pretrained(host).id2label == names
+    return FDRConfig() if known or len(names) == 1 else FDRConfig(distribution_losses_train="head")
 
 
-def wrap(model: nn.Module, data: CocoSplit, batch_size: int, known: bool) -> None:
-    """Wrap the host, and keep its boxes. New classes come first: FGL's gradient then stays in the FDR head."""
-    wrap_decoder(model, FDRConfig() if known else FDRConfig(distribution_losses_train="head"))
+def wrap(model: nn.Module, data: CocoSplit, batch_size: int, config: FDRConfig) -> None:
+    """Wrap the host, and keep its boxes."""
+    wrap_decoder(model, config)
     loader = DataLoader(data, batch_size, shuffle=True, collate_fn=collate)
     batches = islice(loader, math.ceil(CALIBRATION_IMAGES / batch_size))
     print(calibrate(model, (batch["pixel_values"] for batch in batches)))
@@ -166,7 +167,7 @@ def main(
     processor = load_processor(host)
     train_data, val_data = (CocoSplit(folder, split, processor) for split in ("train", "val"))
     model = load_host(host, train_data.names)
-    wrap(model, train_data, batch_size, knows_classes(host, train_data.names))
+    wrap(model, train_data, batch_size, choose_config(host, train_data.names))
     schedule = {"max_steps": steps, "per_device_train_batch_size": batch_size, "learning_rate": learning_rate}
     train(model, train_data, output, **schedule)
     model.save_pretrained(output)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from fine_tune import CocoSplit, check_folder, evaluate, knows_classes, load_host, load_processor, train, wrap
+from fine_tune import CocoSplit, check_folder, choose_config, evaluate, load_host, load_processor, train, wrap
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import Trainer
@@ -67,7 +67,7 @@ def main(
     model = load_host(host, train_data.names)
     if model.config.model_type != "rt_detr":
         raise typer.BadParameter(f"{host} is no RT-DETR: peft takes no other host", param_hint="--host")
-    wrap(model, train_data, batch_size, knows_classes(host, train_data.names))
+    wrap(model, train_data, batch_size, choose_config(host, train_data.names))
     model = add_adapters(model)
     model.print_trainable_parameters()
     schedule = {"max_steps": steps, "per_device_train_batch_size": batch_size, "learning_rate": learning_rate}
