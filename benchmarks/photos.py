@@ -11,7 +11,6 @@ name, is for validation.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 from xml.etree import ElementTree
@@ -123,18 +122,18 @@ def tile_corners(height: int, width: int, side: int) -> list[tuple[int, int]]:
     rows, columns = height // side, width // side
     top, left = (height - rows * side) // 2, (width - columns * side) // 2
     corners = [(top + row * side, left + column * side) for row in range(rows) for column in range(columns)]
-    step = max(1.0, len(corners) / TILES_OF_A_PHOTO)
-    return [corners[int(i * step)] for i in range(min(len(corners), TILES_OF_A_PHOTO))]
+    count = min(len(corners), TILES_OF_A_PHOTO)
+    return [corners[i * len(corners) // count] for i in range(count)]
 
 
-def boxes_in_tile(masks: np.ndarray, top: int, left: int, side: int) -> Iterator[list[float]]:
+def boxes_in_tile(masks: np.ndarray, top: int, left: int, side: int) -> list[list[float]]:
     """Of the masks ``(n, height, width)`` the boxes x, y, w, h of what the tile shows of each, but for slivers."""
-    for mask in masks[:, top : top + side, left : left + side]:
-        rows, columns = mask.any(1).nonzero()[0], mask.any(0).nonzero()[0]
-        if len(rows):
-            height, width = rows[-1] - rows[0] + 1, columns[-1] - columns[0] + 1
-            if min(height, width) >= MIN_SIDE:
-                yield [float(value) for value in (columns[0], rows[0], width, height)]
+    import numpy as np
+    from pycocotools import mask as coco_mask
+
+    seen = masks[:, top : top + side, left : left + side].transpose(1, 2, 0)
+    boxes = coco_mask.toBbox(coco_mask.encode(np.asfortranarray(seen, dtype=np.uint8)))
+    return [box for box in boxes.tolist() if min(box[2:]) >= MIN_SIDE]
 
 
 @app.command()

@@ -35,10 +35,10 @@ def examples() -> dict[str, ModuleType]:
 
 
 def run(module: ModuleType, *arguments: object) -> tuple[int, str]:
-    """Exit code and output of an example's command line."""
+    """Exit code of an example's command line, and what it printed, with progress bars and errors after the rest."""
     command = Typer()
     command.command()(module.main)
     result = CliRunner().invoke(command, [str(argument) for argument in arguments], env={"COLUMNS": "500"})
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
-    return result.exit_code, result.output
+    return result.exit_code, result.stdout + result.stderr
