@@ -41,7 +41,7 @@ PAGES = [
     "README.md",
     "CONTRIBUTING.md",
     "projects/README.md",
-    "benchmarks/results/README.md",
+    *(f"benchmarks/results/{page.name}" for page in sorted((ROOT / "benchmarks" / "results").glob("*.md"))),
     *(f"docs/{name}" for name in DOCS),
 ]
 HOST = TRAINED / "rt-detr"
