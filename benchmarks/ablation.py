@@ -29,6 +29,7 @@ from dfine_plugin.benchmarks.gain.variants import BASELINE, DEFAULT_VARIANTS, pa
 from dfine_plugin.benchmarks.models.hosts import HOSTS, WIDTH, width_of
 from dfine_plugin.benchmarks.options import (
     ClassLossOption,
+    FirstSeedOption,
     MosaicsOption,
     TeacherOption,
     check_data,
@@ -85,6 +86,7 @@ def main(
         DEFAULT_VARIANTS
     ),
     seeds: Annotated[int, typer.Option(min=1)] = 2,
+    first_seed: FirstSeedOption = 0,
     steps: Annotated[int, typer.Option(min=1)] = 1500,
     batch_size: Annotated[int, typer.Option(min=1, help="images a step and process")] = 16,
     image_size: Annotated[int, typer.Option(min=32)] = 96,
@@ -185,12 +187,13 @@ def main(
         settings = replace(settings, learning_rate=tuning["chosen"])
     count = max(seeds, LONG_SEEDS) if long else seeds
     # Seed by seed, so that a comparison that is stopped holds whole pairs.
-    runs = [with_row(settings, row, seed, teacher) for seed in range(count) for row in rows]
+    runs = [with_row(settings, row, seed, teacher) for seed in range(first_seed, first_seed + count) for row in rows]
     models = output / "models" if save_models else None
     results, failures = run_all(runs, output / "runs", jobs, console, models, cluster)
     after_longer: list[dict[str, Any]] = []
     if longer_schedule is not None:
-        once_more = [with_row(replace(settings, steps=steps * longer_schedule), row, 0, teacher) for row in rows]
+        longer = replace(settings, steps=steps * longer_schedule)
+        once_more = [with_row(longer, row, first_seed, teacher) for row in rows]
         after_longer, failed = run_all(once_more, output / "runs", jobs, console, cluster=cluster)
         failures += failed
     if os.environ.get("RANK", "0") != "0":

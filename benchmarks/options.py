@@ -72,6 +72,10 @@ ClassLossOption = Annotated[
     str, typer.Option(help=f"of baseline and wrapped alike: {' or '.join(CLASS_LOSSES)}", callback=check_class_loss)
 ]
 
+FirstSeedOption = Annotated[
+    int, typer.Option(min=0, help="of as many as --seeds says: for fresh ones, or to share them out over machines")
+]
+
 MosaicsOption = Annotated[
     float,
     typer.Option(

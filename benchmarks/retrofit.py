@@ -38,6 +38,7 @@ from dfine_plugin.benchmarks.gain.scheduling import run_all
 from dfine_plugin.benchmarks.gain.variants import BASELINE, parse_variants
 from dfine_plugin.benchmarks.options import (
     ClassLossOption,
+    FirstSeedOption,
     MosaicsOption,
     TeacherOption,
     check_data,
@@ -132,7 +133,7 @@ def main(
         DEFAULT_ROWS
     ),
     seeds: Annotated[int, typer.Option(min=1)] = 2,
-    first_seed: Annotated[int, typer.Option(min=0)] = 0,
+    first_seed: FirstSeedOption = 0,
     steps: Annotated[int, typer.Option(min=1)] = 1000,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     image_size: Annotated[

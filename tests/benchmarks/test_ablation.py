@@ -57,6 +57,7 @@ SETTINGS = RunSettings("rt-detr", "baseline", 0, "shapes", 64, steps=10, batch_s
 @pytest.mark.slow
 def test_the_command_trains_writes_and_resumes(tmp_path: Path) -> None:
     arguments = [*SMALL, "--variants=baseline fdr+go-lsd", "--jobs=1", "--longer-schedule=2", f"--output={tmp_path}"]
+    arguments += ["--first-seed=3"]
     first = CliRunner().invoke(APP, arguments)
     assert first.exit_code == 0, first.output
     for name in ("ablation.md", "ablation.json", "ap_over_steps.png", "ap_per_threshold.png"):
@@ -69,6 +70,7 @@ def test_the_command_trains_writes_and_resumes(tmp_path: Path) -> None:
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()}
     assert len(times) == 4
     assert [run["settings"]["steps"] for run in figures["longer"]] == [20, 20]
+    assert {run["settings"]["seed"] for run in [*figures["runs"], *figures["longer"]]} == {3}
     assert "| AP after 10 steps | AP after 20 steps |" in (tmp_path / "ablation.md").read_text()
 
     again = CliRunner().invoke(APP, arguments)
