@@ -99,7 +99,7 @@ def distribution_losses(
         pairs: for each layer its pairs; one object for all layers, such as the union, is dealt with in one go.
         num_boxes: FGL's normaliser.
         config: temperature, and whether there is DDF. Its parts are weighted by the counts of these very queries; the
-            authors' code weighs denoising queries by the counts of the matched ones, which made no difference.
+            authors' code weighs denoising queries by the counts of the matched ones, and no difference was shown.
         over_processes: whether DDF's parts are weighted by the counts of all processes of a distributed run; then each
             of them must call this.
 
