@@ -133,7 +133,7 @@ def main(
     if host not in HOSTS:
         raise typer.BadParameter(f"{host!r} is not one of {', '.join(HOSTS)}", param_hint="--host")
     check_fair_baseline(host)
-    check_host_takes(host, image_size, RunSettings.num_queries)
+    check_host_takes(host, image_size, queries)
     check_data(data)
     if HOSTS[host].calls_cuda and device == "cpu":
         console.print(f"{host} calls .cuda() in its own code: trained without these calls")

@@ -171,7 +171,8 @@ def main(
     host = config["model_type"]
     check_fair_baseline(host)
     as_benchmarks_spell_it = host.replace("_", "-")
-    check_host_takes(as_benchmarks_spell_it, image_size, RetrofitSettings.num_queries)
+    queries = config.get("num_queries", 300)  # config.json leaves out what is RTDetrConfig's default
+    check_host_takes(as_benchmarks_spell_it, image_size, queries)
     check_looks_forward(as_benchmarks_spell_it, variants, "--rows")
     check_data(data)
     settings = RetrofitSettings(

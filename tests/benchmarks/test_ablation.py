@@ -174,6 +174,7 @@ def test_a_rate_that_does_not_train_bounds_the_grid(monkeypatch: pytest.MonkeyPa
         (["--variants=fdr:bins=16"], "FDRConfig has no setting 'bins'"),
         (["--host=detrex/dino", "--device=cuda", "--save-models"], "detrex/dino has no save_pretrained"),
         (["--image-size=161"], "this host cannot take images of 161 x 161"),
+        (["--queries=100", "--image-size=64"], "they have 84 places on its levels, and it takes the 100 best"),
         (["--data=nowhere"], "there is no nowhere/instances_train.json and no nowhere/instances_val.json"),
         (["--device=gpu"], "'gpu' is neither cpu nor cuda"),
         (["--width=72"], "72 is no multiple of 32"),
