@@ -30,6 +30,7 @@ TRAINED = Path(__file__).parent / "trained"
 SEED = 100  # of none of the comparisons
 IMAGE_SIZE = 96
 STEPS = {"rt-detr": 1500, "deformable-detr": 2000}
+LEARNING_RATES = {"rt-detr": 4e-3, "deformable-detr": 2e-3}
 
 
 def facts() -> dict[str, Any]:
@@ -101,7 +102,7 @@ def train(name: str, output: Path) -> dict[str, Any]:
     from dfine_plugin.benchmarks.gain.variants import BASELINE
     from dfine_plugin.benchmarks.models.hosts import HOSTS
 
-    rate = HOSTS[name].learning_rate
+    rate = LEARNING_RATES[name]
     settings = RunSettings(
         name, BASELINE, SEED, "shapes", IMAGE_SIZE, STEPS[name], 16, rate, clip_norm=HOSTS[name].clip_norm
     )

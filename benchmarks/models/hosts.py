@@ -116,7 +116,7 @@ def _rt_detr(class_names: list[str], num_queries: int, width: int) -> dict[str, 
     }
 
 
-@host("rt-detr", learning_rate=4e-3, bare_looks_twice=True)
+@host("rt-detr", learning_rate=2e-3, bare_looks_twice=True)
 def rt_detr(class_names: list[str], num_queries: int, width: int) -> nn.Module:
     """RT-DETR, 0.8 M parameters: ResNet of one basic block a stage, three decoder layers."""
     from transformers import RTDetrConfig, RTDetrForObjectDetection, RTDetrResNetConfig
@@ -335,10 +335,8 @@ def _rtdetr(version: int, class_names: list[str], num_queries: int, width: int) 
     return build_rtdetr_host(version, class_names, num_queries, width, _RESNET)
 
 
-for _name, _version in {"rt-detr": 1, "rt-detr-v2": 2}.items():
-    HOSTS[f"rtdetr/{_name}"] = Host(
-        partial(_rtdetr, _version), learning_rate=HOSTS[_name].learning_rate, bare_learns_by_mal=False
-    )
+for _name, _version, _rate in (("rt-detr", 1, 4e-3), ("rt-detr-v2", 2, 2e-3)):
+    HOSTS[f"rtdetr/{_name}"] = Host(partial(_rtdetr, _version), learning_rate=_rate, bare_learns_by_mal=False)
 for _name, _kind, _rate in (("deformable-detr", "DeformableDETR", 2e-3), ("dino", "DINO", 8e-3)):
     HOSTS[f"mmdet/{_name}"] = Host(partial(_mmdet, _kind), learning_rate=_rate, bare_learns_by_mal=False)
 for _name in CONFIGS:
