@@ -8,7 +8,8 @@ Writes overview.md and overview.png to the folder of `--output`.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated
@@ -37,6 +38,7 @@ class Gain:
     report: Path
     host: str
     steps: int
+    learning_rate: float
     from_scratch: bool
     as_it_is: bool  # on the embedded data, with the host's own loss of classes and no mosaics
     baseline: float  # its mean AP
@@ -66,6 +68,7 @@ def gains_of(report: Path, rows: list[str]) -> list[Gain]:
                 report=report,
                 host=spelt(settings["host"]),
                 steps=settings["steps"],
+                learning_rate=settings["learning_rate"],
                 from_scratch=not settings.get("trained"),
                 as_it_is=all(settings.get(key, usual) == usual for key, usual in AS_IT_IS.items()),
                 baseline=fmean(baseline[seed] for seed in by_metric["AP"].differences),
@@ -85,7 +88,12 @@ def title_of(results: list[Result]) -> str:
 
 
 def in_order(gains: list[Gain]) -> list[Gain]:
-    """Hosts from scratch first, and of each kind those that gain most."""
+    """Hosts from scratch first, and of each kind those that gain most; the rate tells apart what is titled alike."""
+    alike = Counter((row.title, row.steps) for row in gains)
+    gains = [
+        replace(row, title=f"{row.title}, rate {row.learning_rate:g}") if alike[row.title, row.steps] > 1 else row
+        for row in gains
+    ]
     return sorted(gains, key=lambda row: (not row.from_scratch, -row.by_metric["AP"].mean))
 
 
@@ -151,10 +159,10 @@ def main(
     from dfine_plugin.benchmarks.gain.plots import plot_gains
 
     text = markdown(gains, output)
-    lines = {row.title + f", {row.steps:,} steps": row.by_metric["AP"] for row in gains}
+    lines = [(row.title + f", {row.steps:,} steps", row.by_metric["AP"]) for row in gains]
     if mean := over_hosts(gains):
         text += f"\n\n{summary(mean)}"
-        lines = {f"mean of {len(mean['AP'].differences)} hosts from scratch": mean["AP"], **lines}
+        lines.insert(0, (f"mean of {len(mean['AP'].differences)} hosts from scratch", mean["AP"]))
     output.mkdir(parents=True, exist_ok=True)
     write_text(output / "overview.md", text + "\n")
     plot_gains(lines, output / "overview.png")

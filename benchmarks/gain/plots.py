@@ -67,13 +67,13 @@ def plot_ap_per_threshold(results: Sequence[Result], path: Path) -> None:
     save_figure(figure, path)
 
 
-def plot_gains(gains: Mapping[str, PairedDifference], path: Path) -> None:
-    """A line for each title, from the top: the gain in AP, its 95 % interval and what it is the mean of.
+def plot_gains(gains: Sequence[tuple[str, PairedDifference]], path: Path) -> None:
+    """A line for each, its title beside it, from the top: the gain in AP, its 95 % interval and what it is the mean of.
 
     In colour where the interval excludes zero.
     """
     figure, axes = plt.subplots(figsize=(7, 1 + 0.28 * len(gains)), layout="constrained")
-    for place, difference in enumerate(gains.values()):
+    for place, (_, difference) in enumerate(gains):
         colour = "tab:gray" if not difference.excludes_zero else "tab:blue" if difference.mean > 0 else "tab:red"
         axes.errorbar(
             difference.mean, place, xerr=difference.half_width, fmt="o", color=colour, capsize=3, markersize=4
@@ -87,7 +87,7 @@ def plot_gains(gains: Mapping[str, PairedDifference], path: Path) -> None:
         yticks=range(len(gains)),
         ylim=(len(gains) - 0.5, -0.5),
     )
-    axes.set_yticklabels(list(gains), fontsize=8)
+    axes.set_yticklabels([title for title, _ in gains], fontsize=8)
     axes.grid(alpha=0.3, axis="x")
     save_figure(figure, path)
 

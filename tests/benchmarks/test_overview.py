@@ -85,6 +85,17 @@ def test_two_hosts_and_several_rows_have_no_mean(tmp_path: Path) -> None:
         assert "Mean of" not in output
 
 
+def test_reports_that_differ_in_their_rate_are_told_apart(tmp_path: Path) -> None:
+    reports = [
+        write(tmp_path / "a", {"default": [1.0, 1.2]}, learning_rate=2e-3),
+        write(tmp_path / "b", {"default": [0.5, 0.8]}, learning_rate=4e-3),
+        write(tmp_path / "c", {"default": [0.1, 0.3]}, learning_rate=4e-3, steps=40),
+    ]
+    code, output = run(main, *reports, "--output", tmp_path / "all")
+    assert code == 0, output
+    assert re.findall(r"\[(.*)\]", output) == ["rt-detr, rate 0.002", "rt-detr, rate 0.004", "rt-detr"]
+
+
 def test_rows_that_are_asked_for_are_named(tmp_path: Path) -> None:
     report = write(tmp_path / "a", {"fdr": [1.0, 1.2], "N=16": [0.5, 0.6], "lqe": [0.1, 0.2]})
     code, output = run(main, report, "--rows", "N=16 fdr", "--output", tmp_path / "all")
