@@ -100,11 +100,11 @@ def in_order(gains: list[Gain]) -> list[Gain]:
 def over_hosts(gains: list[Gain]) -> dict[str, PairedDifference]:
     """By metric: the mean of the hosts' gains from scratch, as they are, with the interval over hosts, all alike.
 
-    Each host counts once, by its longest schedule. None of it for fewer hosts than :data:`FEWEST_HOSTS`, or where a
-    report has several of the rows.
+    Each host counts once, by its longest schedule, and of two reports of that by the one with more seeds. None of it
+    for fewer hosts than :data:`FEWEST_HOSTS`, or where a report has several of the rows.
     """
     longest: dict[str, Gain] = {}
-    for row in sorted(gains, key=lambda row: row.steps):
+    for row in sorted(gains, key=lambda row: (row.steps, len(row.by_metric["AP"].differences))):
         if row.from_scratch and row.as_it_is:
             longest[row.host] = row
     if len(longest) < FEWEST_HOSTS or len({row.report for row in gains}) < len(gains):
