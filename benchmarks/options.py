@@ -23,8 +23,12 @@ FAIR_BASELINES = "5.18.0"
 """The first release of transformers whose main loss leaves RT-DETR's denoising queries out (its pull request 48528)."""
 
 
-def check_host_takes(host: str, side: int, num_queries: int = 300) -> None:
-    """Refuse square images that a host of the benchmarks cannot take; those of full size have 300 queries."""
+FULL_SIZE_QUERIES = 300
+"""Of hosts of full size, RT-DETR's among them, whose config.json leaves out what is the default."""
+
+
+def check_host_takes(host: str, side: int, num_queries: int = FULL_SIZE_QUERIES) -> None:
+    """Refuse square images that a host of the benchmarks cannot take."""
     try:
         check_image_size((side, side), RT_DETR_STRIDES if host.startswith("rt-detr") else (), num_queries)
     except ValueError as error:

@@ -37,6 +37,7 @@ from dfine_plugin.benchmarks.gain.runs import RetrofitSettings, with_row
 from dfine_plugin.benchmarks.gain.scheduling import run_all
 from dfine_plugin.benchmarks.gain.variants import BASELINE, parse_variants
 from dfine_plugin.benchmarks.options import (
+    FULL_SIZE_QUERIES,
     ClassLossOption,
     FirstSeedOption,
     MosaicsOption,
@@ -171,8 +172,7 @@ def main(
     host = config["model_type"]
     check_fair_baseline(host)
     as_benchmarks_spell_it = host.replace("_", "-")
-    queries = config.get("num_queries", 300)  # config.json leaves out what is RTDetrConfig's default
-    check_host_takes(as_benchmarks_spell_it, image_size, queries)
+    check_host_takes(as_benchmarks_spell_it, image_size, config.get("num_queries", FULL_SIZE_QUERIES))
     check_looks_forward(as_benchmarks_spell_it, variants, "--rows")
     check_data(data)
     settings = RetrofitSettings(

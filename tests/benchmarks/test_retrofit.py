@@ -26,6 +26,7 @@ from dfine_plugin.checkpoints import open_checkpoint
 from dfine_plugin.wrapping import binding_of
 
 from ..adapters.detrex_hosts import missing
+from . import commands
 
 CPU = torch.device("cpu")
 FACTS = facts()
@@ -259,3 +260,13 @@ def test_the_command_compares_from_end_to_end(tmp_path: Path) -> None:
     assert starts["calibrated"] == starts["head"] > 0.97 * starts["baseline"]
     assert "calibrated: " in (tmp_path / "retrofit.md").read_text()
     assert (tmp_path / "ap_over_steps.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(("queries", "said"), [({"num_queries": 100}, "the 100 best"), ({}, "the 300 best")])
+def test_images_with_too_few_places_for_the_trained_hosts_queries_are_refused(
+    tmp_path: Path, queries: dict[str, int], said: str
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "rt_detr"} | queries))
+    code, output = commands.run(retrofit.main, "--trained", tmp_path, "--image-size", "64", "--lr", "1e-3")
+    assert code == 2
+    assert f"they have 84 places on its levels, and it takes {said}" in output
