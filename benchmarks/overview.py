@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from dataclasses import dataclass, replace
+from math import inf
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated
@@ -100,16 +101,22 @@ def in_order(gains: list[Gain]) -> list[Gain]:
 def over_hosts(gains: list[Gain]) -> dict[str, PairedDifference]:
     """By metric: the mean of the hosts' gains from scratch, as they are, with the interval over hosts, all alike.
 
-    Each host counts once, by its longest schedule, and of two reports of that by the one with more seeds. None of it
-    for fewer hosts than :data:`FEWEST_HOSTS`, or where a report has several of the rows.
+    Each host counts once, by its longest schedule; of two reports of that by the one with more seeds, and of as many by
+    the one that knows the gain in AP better. None of it for fewer hosts than :data:`FEWEST_HOSTS`, or where a report
+    has several of the rows.
     """
     longest: dict[str, Gain] = {}
-    for row in sorted(gains, key=lambda row: (row.steps, len(row.by_metric["AP"].differences))):
+    for row in sorted(gains, key=lambda row: (row.steps, *certainty(row.by_metric["AP"]))):
         if row.from_scratch and row.as_it_is:
             longest[row.host] = row
     if len(longest) < FEWEST_HOSTS or len({row.report for row in gains}) < len(gains):
         return {}
     return {m: mean_of_differences({host: row.by_metric[m].mean for host, row in longest.items()}) for m in METRICS}
+
+
+def certainty(gain: PairedDifference) -> tuple[int, float]:
+    """Sorts gains by the number of their seeds, and those of as many by their intervals, the narrowest last."""
+    return len(gain.differences), -inf if gain.half_width is None else -gain.half_width
 
 
 def summary(mean: dict[str, PairedDifference]) -> str:

@@ -56,11 +56,19 @@ def test_a_line_for_each_report_and_the_largest_gain_first(tmp_path: Path) -> No
 
 
 def test_the_mean_over_hosts_counts_each_once_by_its_longest_schedule(tmp_path: Path) -> None:
-    gains = {"dino": [1.0, 1.4], "detr": [-0.5, 0.5], "long": [3.0, 2.0], "short": [9.0, 8.0], "other": [7.0, 7.0]}
+    gains = {
+        "dino": [1.0, 1.4],
+        "detr": [-0.5, 0.5],
+        "long": [3.0, 2.0],
+        "unsure": [3.0, 1.0],
+        "short": [9.0, 8.0],
+        "other": [7.0, 7.0],
+    }
     reports = [
         write(tmp_path / "a", {"default": gains["dino"]}, host="detrex/dino", width=256),
         write(tmp_path / "b", {"default": gains["detr"]}, host="dab-detr"),
         write(tmp_path / "c", {"fdr": gains["long"]}, steps=40),
+        write(tmp_path / "i", {"fdr": gains["unsure"]}, steps=40, learning_rate=2e-3),
         write(tmp_path / "d", {"fdr": gains["short"]}),
         write(tmp_path / "h", {"default": [*gains["detr"], 0.8]}, host="dab-detr", learning_rate=2e-3),
         write(tmp_path / "e", {"default": gains["other"]}, host="lw-detr", class_loss="mal"),
