@@ -20,6 +20,7 @@ import typer
 from dfine_plugin.benchmarks.compare import read_rows, spelt
 from dfine_plugin.benchmarks.gain.paired import PairedDifference, mean_of_differences
 from dfine_plugin.benchmarks.gain.report import by_seed, gain, late_growth, options_of, variants_of
+from dfine_plugin.benchmarks.gain.runs import RunSettings
 from dfine_plugin.benchmarks.gain.variants import BASELINE
 from dfine_plugin.benchmarks.reporting import NONE, Result, table_header, table_row, write_text
 
@@ -85,7 +86,14 @@ def title_of(results: list[Result]) -> str:
     settings = results[0]["settings"]
     trained = "trained " if settings.get("trained") else ""
     data = Path(settings["data"]).name
-    return trained + spelt(settings["host"]) + (f" on {data}" if data != "shapes" else "") + options_of(results)
+    queries = settings["num_queries"]
+    return (
+        trained
+        + spelt(settings["host"])
+        + (f" on {data}" if data != "shapes" else "")
+        + (f", {queries} queries" if queries != RunSettings.num_queries else "")
+        + options_of(results)
+    )
 
 
 def in_order(gains: list[Gain]) -> list[Gain]:

@@ -34,7 +34,7 @@ def test_a_line_for_each_report_and_the_largest_gain_first(tmp_path: Path) -> No
     gains = {"a": [1.0, 1.2, 0.9, 1.1], "b": [3.0, -2.0, 8.0, 1.0], "c": [9.0, 9.1, 9.2, 8.9]}
     reports = [
         write(tmp_path / "a", {"fdr": gains["a"], "fdr+go-lsd": gains["c"]}),
-        write(tmp_path / "b", {"default": gains["b"]}, host="deformable_detr", width=128),
+        write(tmp_path / "b", {"default": gains["b"]}, host="deformable_detr", width=128, num_queries=100),
         write(tmp_path / "c", {"calibrated": gains["c"]}, trained="rt-detr", data="data/bccd"),
     ]
     code, output = run(main, *reports, "--output", tmp_path / "all")
@@ -47,7 +47,7 @@ def test_a_line_for_each_report_and_the_largest_gain_first(tmp_path: Path) -> No
     written = [f"{(low + high) / 2:+.2f} ± {(high - low) / 2:.2f}" for low, high in limits]
     ap = f"{sum(BASELINE.values()) / 4:.1f}"
     assert [line.split(" | ")[:6] for line in lines] == [
-        ["| [deformable-detr, width 128](../b/ablation.md)", "20", "4", ap, "2.0 %", written[1]],
+        ["| [deformable-detr, 100 queries, width 128](../b/ablation.md)", "20", "4", ap, "2.0 %", written[1]],
         ["| [rt-detr](../a/ablation.md)", "20", "4", ap, "2.0 %", f"**{written[0]}**"],
         ["| [trained rt-detr on bccd](../c/ablation.md)", "20", "4", ap, "2.0 %", f"**{written[2]}**"],
     ]
