@@ -85,10 +85,17 @@ def test_it_says_the_ap_of_the_model_that_it_leaves(
 
 
 @pytest.mark.slow
-def test_the_decoder_hears_of_fgl_unless_several_classes_are_new(examples: dict[str, ModuleType]) -> None:
-    choose, names = examples["fine_tune"].choose_config, AutoConfig.from_pretrained(HOST).id2label
+def test_the_decoder_hears_of_fgl_unless_several_classes_are_new_to_few_queries(
+    examples: dict[str, ModuleType], tmp_path: Path
+) -> None:
+    choose, config = examples["fine_tune"].choose_config, AutoConfig.from_pretrained(HOST)
+    names = config.id2label
     assert choose(HOST, dict(names)) == choose(HOST, {0: "another"}) == FDRConfig()
-    assert choose(HOST, {**names, len(names): "another"}) == FDRConfig(distribution_losses_train="head")
+    several = {**names, len(names): "another"}
+    assert choose(HOST, several) == FDRConfig(distribution_losses_train="head")
+    config.num_queries = 100
+    config.save_pretrained(tmp_path)
+    assert choose(str(tmp_path), several) == FDRConfig()
 
 
 @pytest.mark.slow
